@@ -112,6 +112,11 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
             raise ArgumentsError(
                 "monitor: 'train_loss' is the loss of a single step; set it to 'train_epoch_loss', the epoch's mean"
             )
+        if self.val_interval_steps is not None and self.val_interval_epochs not in (0, 1):
+            raise ArgumentsError(
+                f"val_interval_epochs = {self.val_interval_epochs}: val_interval_steps = {self.val_interval_steps} is"
+                f" set, too; set one of them"
+            )
         if self.val_interval_epochs > 1 and self.val_interval_epochs % 1:
             raise ArgumentsError(
                 f"val_interval_epochs = {self.val_interval_epochs}: validations between whole epochs and parts of one"

@@ -248,7 +248,7 @@ class CallbackInterface(ABC):
                 recorder.log_metric(name, value, self)
                 return
             else:
-                value = as_logged(value) or _as_float(name, value)
+                value = _as_value(name, value, reduce)
         if reduce != "mean" and reduce not in get_args(Reduction):
             raise ValueError(f"log({name!r}) got reduce={reduce!r}; it must be one of {', '.join(get_args(Reduction))}")
         recorder.log(name, value, reduce)
@@ -264,7 +264,9 @@ class CallbackInterface(ABC):
             if self._stagecast_recorder is not None:
                 self._stagecast_recorder.log_metric(None, values, self)
             return
-        named: Any = values
+        if not isinstance(values, Mapping):
+            raise TypeError(f"log_dict() takes a dict of names and values, not {values!r:.80}")
+        named: Mapping[str, Any] = values
         for name, value in named.items():
             self.log(name, value, reduce=reduce)
 
@@ -288,6 +290,14 @@ class _Refusal:
 
 for _name in CALLS:
     setattr(CallbackInterface, _name, _Refusal(_name))
+
+
+def _as_value(name: str, value: Any, reduce: object) -> float | Logged:
+    """Return anything but floats, tensors and metric objects as `log` records it."""
+    logged = as_logged(value)
+    if logged is not None and reduce != "mean":
+        raise ValueError(f"log({name!r}) got reduce={reduce!r} for something that is not a number; leave reduce out")
+    return logged or _as_float(name, value)
 
 
 def _shown_arguments(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

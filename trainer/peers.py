@@ -90,7 +90,7 @@ TRAIN_ARGUMENTS: Mapping[str, str] = _inverted(
         "set epochs in TrainerArguments": "epochs max_epochs",
         "return the data from get_train_dataloader of the module": "train_dataloaders",
         "return the data from get_val_dataloaders of the module": "val_dataloaders",
-        "return the data from get_test_dataloaders of the module": "dataloaders",
+        "return the data from get_val_dataloaders or get_test_dataloaders of the module": "dataloaders",
         "return the data from the methods of the module": "datamodule",
         "give the Trainer callbacks": "callbacks",
     }
@@ -201,7 +201,8 @@ def hint_for(error: BaseException, owner: type) -> str | None:
         served = ATTRIBUTES.get(error.name or "")
         return f"{type(error.obj).__name__} has no {error.name}; {served}" if served is not None else None
     if type(error) is TypeError:  # not a subclass of the user's, which may have any text
-        unexpected = re.search(r"\blog\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        unexpected = re.search(r"\blog(?:_dict)?\(\) got an unexpected keyword argument '(\w+)'", str(error))
         if unexpected is not None:
-            return f"log(name, value) has no argument {unexpected[1]}; remove it, because each step's mean is recorded"
+            advice = "use reduce" if unexpected[1] == "reduce_fx" else "remove it, because each step's mean is recorded"
+            return f"log(name, value) has no argument {unexpected[1]}; {advice}"
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -88,9 +88,14 @@ class Checkpoints(Strict, frozen=True, kw_only=True):
             try:
                 msgspec.convert(value, field.type)
             except msgspec.ValidationError as error:
-                raise ValueError(f"Checkpoints({field.name}={value!r:.80}): {error}") from None
+                words = [f"{word!r}" for word in _words_of(field.type)]
+                told = f"must be one of {', '.join(words)}" if words and isinstance(value, str) else str(error)
+                raise ValueError(f"Checkpoints({field.name}={value!r:.80}): {told}") from None
         if self.best is not None and (problem := name_problem(self.best)) is not None:
             raise ValueError(f"Checkpoints(best={self.best!r:.80}): the name {problem}; log a short, printable one")
+        if self.best is None and (self.best_mode != "min" or self.keep_best > 1):
+            given = f"best_mode={self.best_mode!r}" if self.best_mode != "min" else f"keep_best={self.keep_best}"
+            raise ValueError(f"Checkpoints({given}) has no metric; set best, such as best='val_loss'")
         if self.weights is True:
             raise ValueError("Checkpoints(weights=True) does not say which weights; use 'last' or 'best'")
         if self.weights == "best" and self.best is None:
@@ -99,3 +104,8 @@ class Checkpoints(Strict, frozen=True, kw_only=True):
             raise ValueError(
                 "Checkpoints(best='train_loss') is the loss of a single step; use 'train_epoch_loss', the epoch's mean"
             )
+
+
+def _words_of(kind: object) -> list[object]:
+    """The words that a type allows, if it is a `Literal` or a union with one."""
+    return [word for one in (kind, *get_args(kind)) if get_origin(one) is Literal for word in get_args(one)]

@@ -272,6 +272,7 @@ def stores(draw: st.DrawFn) -> dict[str, Any]:
         "settings": Checkpoints(
             keep_last=draw(st.none() | st.integers(1, 4)),
             keep_best=draw(st.integers(0, 12)),
+            best="m",
             best_mode=draw(st.sampled_from(["min", "max"])),
         ),
         "line": sorted(draw(st.sets(some)), reverse=True),

@@ -168,7 +168,7 @@ def test_an_unknown_argument_is_named_with_the_replacement(arguments: Any, optio
         (lambda t: t.callback_metrics, AttributeError, "train() returns a result with metrics"),
         (lambda t: t.train(resume_from_checkpoint="a"), ArgumentsError, "instead of resume_from_checkpoint, give the"),
         (lambda t: t.train(t.module), ArgumentsError, "Trainer.train() takes no arguments; give them to Trainer"),
-        (lambda t: t.test(dataloaders=[]), ArgumentsError, "return the data from get_test_dataloaders of the module"),
+        (lambda t: t.test(dataloaders=[]), ArgumentsError, "return the data from get_val_dataloaders or get_test"),
         (lambda t: t.module.log_metrics({}), AttributeError, "call self.log(name, value), or self.log_dict(values)"),
         (lambda t: t.module.save_hyperparameters(), AttributeError, "record them with Trainer(config=...)"),
         (lambda t: t.nothing, AttributeError, "'Trainer' object has no attribute 'nothing'"),
@@ -187,6 +187,10 @@ def test_a_method_of_another_trainer_is_named_with_the_replacement(use: Any, err
         (lambda self: self.trainer.global_step, "has no trainer; every hook receives"),
         (lambda self: self.device, "has no device; every step receives the device as its third argument"),
         (lambda self: self.log("x", 1.0, prog_bar=True), "log(name, value) has no argument prog_bar; remove it"),
+        (
+            lambda self: self.log_dict({"x": 1.0}, reduce_fx="max"),
+            "log(name, value) has no argument reduce_fx; use reduce",
+        ),
     ],
 )
 @pytest.mark.parametrize("where", ["step", "inline", "observer"])
@@ -498,6 +502,7 @@ async def test_a_device_that_does_not_exist_is_refused_before_anything_is_writte
         (lambda loss: (), r"Net.train_step\(\) returned nothing: return the loss tensor, or a tuple that begins"),
         (lambda loss: {"loss": loss}, "returned a dict with loss; return the loss, or a tuple that begins with it"),
         (lambda loss: loss.item(), r"Net.train_step\(\) returned a float \(.*\) as its first value: that must be the"),
+        (lambda loss: (None, loss), "that must be the loss tensor; return None alone to leave the batch out"),
         (lambda loss: ("loss", loss), r"Net.train_step\(\) returned a str \('loss'\) as its first value"),
         (lambda loss: loss.expand(3), r"a loss of shape \(3,\): it must be one number; reduce it with .mean\(\)"),
         (lambda loss: loss.expand(0), r"a loss of shape \(0,\): it must be one number"),

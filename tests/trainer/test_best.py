@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -352,3 +353,18 @@ def test_a_result_over_the_network_names_the_best_one() -> None:
     builder.add([RunEnded(**header(1, 9), status="finished")])
     assert builder.result is not None
     assert (builder.result.best_checkpoint, builder.result.checkpoint) == ("/c/step-1.a1", "/c/step-1.a1")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"best_mode": "max"}, "(best_mode='max') has no metric; set best"),
+        ({"keep_best": 2}, "(keep_best=2) has no metric; set best"),
+        ({"best": "score", "best_mode": "lowest"}, "(best_mode='lowest'): must be one of 'min', 'max'"),
+        ({"weights": "newest"}, "(weights='newest'): must be one of 'last', 'best'"),
+        ({"best": ["score"]}, "(best=['score']): Expected `str | null`"),
+    ],
+)
+def test_settings_of_the_best_that_make_no_sense_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"Checkpoints{says}")):
+        Checkpoints(**options)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
-from support.training import Net, make_trainer, train
+from support.training import Net, logging_net, make_trainer, train
 
 from events.messages import MetricsLogged
+from trainer import Histogram
 
 VALUES = [3.0, 5.0, 1.0]
 ROWS = [8, 8, 4]
@@ -107,3 +109,23 @@ def test_a_name_has_one_reduction() -> None:
 
 def test_nothing_is_logged_outside_of_a_run() -> None:
     Net().log_dict({"value": 1.0}, reduce="max")
+
+
+@pytest.mark.parametrize(
+    ("log", "error", "says"),
+    [
+        (
+            lambda net: net.log_dict([("a", 1)]),
+            TypeError,
+            r"log_dict\(\) takes a dict of names and values, not \[\('a'",
+        ),
+        (lambda net: net.log_dict(None), TypeError, "takes a dict of names and values, not None"),
+        (lambda net: net.log_dict({"a": {"b": 1}}), TypeError, r"log\('a'\) takes a number"),
+        (lambda net: net.log("a", Histogram(net.x), reduce="max"), ValueError, "for something that is not a number"),
+        (lambda net: net.log("a", "text", reduce="last"), ValueError, "reduce='last' for something that is not a numb"),
+    ],
+)
+def test_values_without_names_or_numbers_are_refused(log: Any, error: type[Exception], says: str) -> None:
+    outcome = train(logging_net(lambda net, *_: log(net)))
+    assert isinstance(outcome.error, error)
+    assert re.search(says, str(outcome.error))

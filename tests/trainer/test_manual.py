@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import Net, train
+from support.training import Net, make_trainer, train
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from events.messages import MetricsLogged, NonFiniteGradient, StepSkipped, TrainStepEnded
+from events.messages import MetricsLogged, NonFiniteGradient, StepSkipped, TrainStepEnded, WarningLogged
 from events.messages import NonFiniteLoss as NonFiniteLossEvent
 from trainer import CallbackInterface, Checkpoints
 from trainer.errors import ArgumentsError, ContractError, NonFiniteError, OptimizerError
@@ -156,7 +156,8 @@ def test_a_module_may_step_its_optimizer_itself() -> None:
             return loss.detach(), predicted
 
     own, accumulated = Own(rows=32), Net(rows=32)
-    assert train(own).result.global_step == 4
+    outcome = train(own)
+    assert (outcome.result.global_step, outcome.of(WarningLogged)) == (4, [])
     train(accumulated, train_batch_size=16, gpu_batch_size_limit=8)
     for one, other in zip(own.parameters(), accumulated.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
@@ -244,7 +245,7 @@ def test_a_closure_and_an_update_share_a_step() -> None:
     assert isinstance(train(Mixed(), precision="float16").error, OptimizerError)
 
 
-def manual_net(step: Any, manual: bool = True) -> Any:
+def manual_net(step: Any, manual: Any = True) -> Any:
     net = Net(train_step=lambda net, _, batch: step(net, net.forward_loss(batch)[0]))
     net.manual_optimization = manual
 
@@ -261,12 +262,37 @@ def manual_net(step: Any, manual: bool = True) -> Any:
         (lambda net, loss: net.optimize(loss.item()), "which is not a loss"),
         (lambda net, loss: net.optimize(None), "a loss or a closure"),
         (lambda net, loss: net.optimize(loss, closure=lambda: loss), "a loss or a closure"),
+        (lambda net, loss: net.optimize(None, closure=3), "closure=3; give it a function that computes the loss"),
+        (lambda net, loss: net.optimize(loss.expand(3)), "a tensor of shape (3,), which is not a loss"),
+        (lambda net, loss: net.optimize(loss, SGD(net.parameters(), 0.1)), "optimizer=a SGD, which"),
     ],
 )
 def test_an_invalid_argument_of_optimize_is_named(step: Any, said: str) -> None:
     outcome = train(manual_net(step))
     assert isinstance(outcome.error, ContractError)
     assert said in str(outcome.error)
+
+
+def test_an_optimizer_that_computes_the_loss_needs_a_closure() -> None:
+    net = manual_net(lambda net, loss: net.optimize(loss))
+    net.own_optimizers = lambda net: ([torch.optim.LBFGS(net.parameters())], [])
+    error = train(net).error
+    assert isinstance(error, ContractError)
+    assert "a loss for LBFGS, which computes the loss itself; give it optimize(None, closure=...)" in str(error)
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(16, 2), (808, 100)])
+def test_a_run_that_applies_no_loss_is_a_warning(rows: int, steps: int) -> None:
+    """Soon, or at its end; a module that steps its optimizer itself applies losses."""
+    net = Net(rows, train_step=lambda net, _, batch: net.forward_loss(batch)[0].detach())
+    net.manual_optimization = True
+    (warned,) = train(net).of(WarningLogged)
+    assert warned.message == f"Net.train_step() has applied no loss in {steps} steps; call self.optimize(loss) in it"
+
+
+def test_the_flag_is_a_bool() -> None:
+    with pytest.raises(ArgumentsError, match=r"Net.manual_optimization is 'yes'; set it to True or False"):
+        make_trainer(manual_net(None, manual="yes"))
 
 
 def test_optimize_needs_manual_optimization_and_a_step() -> None:

@@ -12,7 +12,15 @@ import torch
 from support.training import Net, Scored, make_trainer, train
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, ReduceLROnPlateau, StepLR
 
-from events.messages import MonitorMissing, RunEnded, StepSkipped, TrainEpochEnded, TrainStepEnded, ValEpochEnded
+from events.messages import (
+    MonitorMissing,
+    RunEnded,
+    StepSkipped,
+    TrainEpochEnded,
+    TrainStepEnded,
+    ValEpochEnded,
+    WarningLogged,
+)
 from trainer import CallbackInterface, Checkpoints, Schedule, fenced, inline
 from trainer.errors import ArgumentsError, MetricNotFound, OptimizerError
 
@@ -87,6 +95,34 @@ def test_a_wrong_schedule_is_refused_where_it_is_built(build: Callable[[LRSchedu
 
 
 # ----------------------------------------------------------------------------------------------- several of them
+
+
+class Wrapping(torch.optim.SGD):
+    """An optimizer that steps another one, as SAM does."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.base = torch.optim.SGD([{"params": group["params"]} for group in self.param_groups], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "warns"),
+    [
+        (lambda net: ([sgd(net)], [halving(sgd(net))]), True),
+        (lambda net: (lambda one: ([one], [halving(one.base)]))(Wrapping(net.parameters())), False),
+        (lambda net: (lambda one: ([one], [halving(torch.optim.SGD(one.param_groups, 0.1))]))(sgd(net)), False),
+    ],
+)
+def test_a_scheduler_of_an_optimizer_that_is_not_stepped_is_a_warning(make: Any, warns: bool) -> None:
+    told = [one.message for one in train(Net(optimizers=make)).of(WarningLogged)]
+    assert told == (
+        [
+            "LambdaLR changes the learning rate of a SGD that get_optimizers_schedulers() did not return; build it with"
+            " one of the returned optimizers"
+        ]
+        if warns
+        else []
+    )
 
 
 def test_iterators_of_optimizers_are_accepted() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.training import Net, train
 
-from events.messages import CheckpointSaved, RunEnded, TrainEpochEnded, ValEpochEnded
+from events.messages import CheckpointSaved, RunEnded, TrainEpochEnded, ValEpochEnded, WarningLogged
 from trainer import Checkpoints, TrainerArguments
 from trainer.errors import ArgumentsError, DataLoaderError
 
@@ -45,6 +45,17 @@ def test_a_fraction_of_an_epoch_validates_within_it_and_at_its_end(
 def test_a_fraction_beyond_an_epoch_is_refused(value: float) -> None:
     with pytest.raises(ArgumentsError, match="val_interval_epochs"):
         TrainerArguments(val_interval_epochs=value)
+
+
+def test_steps_and_parts_of_an_epoch_do_not_mix() -> None:
+    with pytest.raises(ArgumentsError, match="val_interval_steps = 3 is set, too; set one of them"):
+        TrainerArguments(val_interval_epochs=0.5, val_interval_steps=3)
+
+
+def test_a_part_of_an_epoch_that_is_shorter_than_a_step_is_a_warning() -> None:
+    for every, count in ((0.1, 1), (0.5, 0)):
+        warned = train(validating(rows=24), val_interval_epochs=every, epochs=2).of(WarningLogged)
+        assert [one.message.partition(":")[0] for one in warned] == [f"val_interval_epochs={every}"] * count
 
 
 def test_a_fraction_of_an_epoch_of_unknown_length_is_an_error() -> None:

@@ -15,8 +15,10 @@ def bad_loss(module: ModuleInterface, loss: Any, values: tuple[Any, ...]) -> Ste
     if not values:
         return StepOutputError(f"{where} returned nothing: return the loss tensor, or a tuple that begins with it")
     if not isinstance(loss, torch.Tensor):
+        advice = "; return None alone to leave the batch out" if loss is None else ""
         return StepOutputError(
-            f"{where} returned a {type(loss).__name__} ({loss!r:.80}) as its first value: that must be the loss tensor"
+            f"{where} returned a {type(loss).__name__} ({loss!r:.80}) as its first value: that must be the loss"
+            f" tensor{advice}"
         )
     if loss.numel() != 1:
         return StepOutputError(

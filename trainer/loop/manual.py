@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 
+from events.log import logger
 from trainer.errors import ArgumentsError, ContractError
 from trainer.hooks.collate import as_tuple
 from trainer.loop.boundary import Boundary
 from trainer.loop.optimization import Optimization, Skip
+from trainer.loop.optimizers import wants_closure
 from trainer.module_interface import Stage
+
+_MOST_IDLE_STEPS = 100
+"""Steps without an update before a warning, unless the run ends earlier: gradients may be accumulated."""
 
 
 class ManualSteps:
@@ -61,11 +66,36 @@ class ManualSteps:
         self._backwards = 0
         self._grad_norm: torch.Tensor | None = None
         self._found: torch.Tensor | None = None
+        self._idle_steps: int | None = 0  # until an optimizer has stepped
+        self._hooks = [one.register_step_post_hook(self._notice_step) for one in optimization.optimizers]
+
+    def close(self) -> None:
+        """Training has ended: warn if no optimizer has stepped."""
+        self._warn_if_idle()
+        self._notice_step()
+
+    def _notice_step(self, *_: Any) -> None:
+        self._idle_steps = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _warn_if_idle(self) -> None:
+        if self._idle_steps and not self._updates:
+            logger.warning(
+                f"{type(self._attempt.module).__name__}.train_step() has applied no loss in {self._idle_steps} steps;"
+                f" call self.optimize(loss) in it"
+            )
+            self._notice_step()  # warns once
 
     def step(self, batch: Any) -> tuple[tuple[Any, ...], torch.Tensor | None, torch.Tensor | None]:
         """Call `train_step`; return its outputs, the last gradient norm, and a check of all gradients."""
         self._backwards, self._grad_norm, self._found, self.loss = 0, None, None, None
         self._updates, self.only_skipped = 0, False
+        if self._idle_steps is not None:
+            self._idle_steps += 1
+            if self._idle_steps == _MOST_IDLE_STEPS:
+                self._warn_if_idle()
         step = self._attempt.origin.global_step + 1
         self._attempt.phase = "train_step"
         self._in_step = True
@@ -93,6 +123,13 @@ class ManualSteps:
         chosen = self._chosen(optimizer)
         if (loss is None) == (closure is None):
             raise ContractError("optimize() takes a loss or a closure that computes it; give it one of them")
+        if closure is not None and not callable(closure):
+            raise ContractError(f"optimize() got closure={closure!r:.80}; give it a function that computes the loss")
+        if closure is None and self._optimization.wants_closure and wants_closure(chosen):
+            raise ContractError(
+                f"optimize() got a loss for {type(chosen).__name__}, which computes the loss itself; give it"
+                f" optimize(None, closure=...)"
+            )
         attempt, optimization = self._attempt, self._optimization
         with self._without_autocast():
             if closure is not None:
@@ -149,8 +186,10 @@ class ManualSteps:
 
     def _backward(self, loss: Any, retain_graph: bool) -> None:
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad or loss.is_complex():
+            is_tensor = isinstance(loss, torch.Tensor)
+            shown = f"a tensor of shape {tuple(loss.shape)}" if is_tensor and loss.numel() != 1 else f"{loss!r:.80}"
             raise ContractError(
-                f"optimize() got {loss!r:.80}, which is not a loss; give it a real tensor of one element with a graph"
+                f"optimize() got {shown}, which is not a loss; give it a real tensor of one element with a graph"
             )
         self._attempt.phase = "backward"
         self._optimization.release_gradients()
@@ -171,8 +210,9 @@ class ManualSteps:
         else:
             found = own[optimizer : optimizer + 1] if isinstance(optimizer, int) and optimizer >= 0 else []
         if not found:
+            shown = optimizer if isinstance(optimizer, int) else f"a {type(optimizer).__name__}"
             raise ContractError(
-                f"optimize() got optimizer={optimizer!r:.80}, which get_optimizers_schedulers() did not return; give it"
+                f"optimize() got optimizer={shown}, which get_optimizers_schedulers() did not return; give it"
                 f" the index of one of the {len(own)}"
             )
         return found[0]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from events.log import logger
 from trainer.errors import OptimizerError
 from trainer.loop.precision import Precision
 from trainer.loop.schedule import Schedule
@@ -119,7 +120,26 @@ def as_optimizers(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Sche
             )
         if not isinstance(scheduler, Schedule) and not callable(getattr(scheduler, "step", None)):
             raise OptimizerError(f"{what}; the second list holds {_shown(scheduler)}, which has no step()")
-    return optimizers, [one if isinstance(one, Schedule) else Schedule(one) for one in schedulers]
+    schedules = [one if isinstance(one, Schedule) else Schedule(one) for one in schedulers]
+    _warn_of_strangers(optimizers, schedules)
+    return optimizers, schedules
+
+
+def _warn_of_strangers(optimizers: list[torch.optim.Optimizer], schedules: list[Schedule]) -> None:
+    """Warn about a scheduler that changes the learning rate of an optimizer which the run does not step.
+
+    A wrapper such as SAM has its optimizer as an attribute, or shares its parameter groups.
+    """
+    within = {id(one) for optimizer in optimizers for one in (optimizer, *vars(optimizer).values())}
+    groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
+    for kind, optimizer in ((type(one.scheduler), getattr(one.scheduler, "optimizer", None)) for one in schedules):
+        if not isinstance(optimizer, torch.optim.Optimizer) or id(optimizer) in within:
+            continue
+        if not any(id(group) in groups for group in optimizer.param_groups):
+            logger.warning(
+                f"{kind.__name__} changes the learning rate of a {type(optimizer).__name__} that"
+                f" get_optimizers_schedulers() did not return; build it with one of the returned optimizers"
+            )
 
 
 def _shown(value: Any) -> str:

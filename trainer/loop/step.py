@@ -124,6 +124,8 @@ class Step:
 
     def close(self) -> None:
         """Training has ended."""
+        if self._manual is not None:
+            self._manual.close()
         self._returned = self._manual = None
         vars(self._module).pop("_stagecast_manual", None)
 

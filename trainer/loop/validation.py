@@ -55,6 +55,11 @@ class Validation:
                 f"val_interval_epochs={every} needs the number of steps of an epoch, and the training dataloader has no"
                 f" length; set val_interval_steps"
             )
+        if every * steps < 1:
+            self._attempt.notice(
+                f"val_interval_epochs={every}: the part of an epoch is shorter than a step, of which it has {steps}, so"
+                f" the run validates after every step; set a larger one"
+            )
         count = math.ceil(1 / every - 1e-9)
         first = self._position.first_step
         self._within_epoch = frozenset(first + math.ceil(i * every * steps - 1e-9) for i in range(1, count))

@@ -48,6 +48,9 @@ def check_contract(module: ModuleInterface, callbacks: list[CallbackInterface], 
         problems: Gets a sentence for each method that cannot be called.
     """
     _check_forward(module, problems)
+    manual: Any = module.manual_optimization
+    if not isinstance(manual, bool):
+        problems.append(f"{type(module).__name__}.manual_optimization is {manual!r:.80}; set it to True or False")
     _check_methods(module, contract_names(ModuleInterface) | _OPTIONAL_HOOKS, problems)
     warnings: dict[str, None] = {}  # unique, in order: several callbacks may have one class
     optional = frozenset(name for name in vars(_OfCallbacks) if not name.startswith("_"))
