@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from trainer.remote.connect import connect as connect
     from trainer.remote.launch import launch as launch
     from trainer.trainer import Trainer as Trainer
+    from trainer.tuning.batch_size import find_batch_size as find_batch_size
+    from trainer.tuning.learning_rate import find_learning_rate as find_learning_rate
 
 __all__ = [
     "CallbackInterface",
@@ -54,6 +56,8 @@ __all__ = [
     "TrainerArguments",
     "connect",
     "fenced",
+    "find_batch_size",
+    "find_learning_rate",
     "inline",
     "launch",
     "observer",
@@ -73,6 +77,8 @@ _HOMES = {
     "TrainerArguments": "trainer.arguments",
     "connect": "trainer.remote.connect",
     "fenced": "trainer.callback_interface",
+    "find_batch_size": "trainer.tuning.batch_size",
+    "find_learning_rate": "trainer.tuning.learning_rate",
     "inline": "trainer.callback_interface",
     "launch": "trainer.remote.launch",
     "observer": "trainer.callback_interface",

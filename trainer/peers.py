@@ -118,6 +118,8 @@ TRAINER_METHODS: Mapping[str, str] = {
     "state": "train() returns a result",
     "is_global_zero": "the rank is that of torch.distributed",
     "hyperparameter_search": "build one Trainer for each trial",
+    "tune": "call find_batch_size(module, arguments), or find_learning_rate(module, arguments)",
+    "tuner": "call find_batch_size(module, arguments), or find_learning_rate(module, arguments)",
 }
 """Methods and attributes of a trainer."""
 
@@ -134,6 +136,8 @@ ARGUMENTS: Mapping[str, str] = _inverted(
         "batch_size_schedule": "accumulation_schedule scheduling rampup_batch_size",
         "val_batch_size": "eval_batch_size per_device_eval_batch_size",
         "gpu_batch_size_limit": "micro_batch_size gradient_accumulation_steps accumulate_grad_batches",
+        "call find_batch_size(module, arguments)": "auto_find_batch_size auto_scale_batch_size",
+        "call find_learning_rate(module, arguments)": "auto_lr_find",
         "use max_grad_norm with clip_grads=True": "gradient_clip_val gradient_clip grad_clip clip_grad_norm max_norm",
         "use clip_grads, which clips the norm": "gradient_clip_algorithm",
         "device": "accelerator devices gpus use_cpu no_cuda use_cuda",

@@ -224,9 +224,9 @@ class Trainer:
         """
         return RunContext(self)
 
-    def _run_here(self, task: TaskName) -> tuple[Session, RunResult]:
+    def _run_here(self, task: TaskName, control: Control | None = None) -> tuple[Session, RunResult]:
         on_main_thread = threading.current_thread() is threading.main_thread()
-        control = Control()
+        control = control or Control()
         place = self._place()
         if place.is_remote:
             interruptibly(place.fetch)

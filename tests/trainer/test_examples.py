@@ -13,7 +13,7 @@ from torch.utils.data import SequentialSampler
 
 from sinks import Memory
 from trainer import Trainer
-from trainer.examples import digits, gan, mean_teacher, text
+from trainer.examples import digits, find_settings, gan, mean_teacher, text
 from trainer.examples.charlm import CharLM, Size, arguments_for
 
 
@@ -23,6 +23,20 @@ def test_the_digits_are_classified(tmp_path: Path) -> None:
     result = Trainer(digits.Digits(), digits.ARGUMENTS, sinks=[], run_dir=tmp_path / "run").train()
     assert result.metrics["accuracy"] >= 0.97
     assert 0 < result.metrics["accuracy_worst_digit"] <= 1
+
+
+@pytest.mark.timeout(120)
+def test_the_digits_are_classified_with_settings_that_were_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    module = find_settings.Scheduled()
+    arguments = find_settings.settings_for(module)
+    assert [path.name for path in tmp_path.iterdir()] == ["learning_rate.png"]
+    result = Trainer(module, arguments, sinks=[], journal=False, checkpoints=False).train()
+    assert (arguments.gpu_batch_size_limit, arguments.accumulation_steps) == (256, 1)
+    assert result.metrics["accuracy"] >= 0.95
 
 
 @pytest.mark.timeout(120)

@@ -139,6 +139,8 @@ def test_the_public_names_are_chosen_and_imported_on_first_use() -> None:
         "TrainerArguments",
         "connect",
         "fenced",
+        "find_batch_size",
+        "find_learning_rate",
         "inline",
         "launch",
         "observer",

@@ -1,5 +1,6 @@
 """Examples for the documentation: importable, typed and tested.
 
 ``stagecast demo`` trains ``charlm``; ``python -m trainer.examples.digits`` trains a classifier in a few seconds.
-``gan`` and ``mean_teacher`` show manual optimization, ``service`` runs in a web service.
+``find_settings`` looks for a batch size and a learning rate first. ``gan`` and ``mean_teacher`` show manual
+optimization, ``service`` runs in a web service.
 """

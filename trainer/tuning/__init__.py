@@ -1,0 +1,1 @@
+"""Short trainings that look for settings, and leave the module as it was."""
