@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trainer.callback_interface import fenced as fenced
     from trainer.callback_interface import inline as inline
     from trainer.callback_interface import observer as observer
+    from trainer.checkpoint.init_from import InitFrom as InitFrom
     from trainer.data.tensors import to_device as to_device
     from trainer.errors import RunInterrupted as RunInterrupted
     from trainer.errors import RunTerminated as RunTerminated
@@ -47,6 +48,7 @@ __all__ = [
     "Delivery",
     "Histogram",
     "Image",
+    "InitFrom",
     "ModuleInterface",
     "RunInterrupted",
     "RunTerminated",
@@ -70,6 +72,7 @@ _HOMES = {
     "Delivery": "events.sink",
     "Histogram": "trainer.media",
     "Image": "trainer.media",
+    "InitFrom": "trainer.checkpoint.init_from",
     "RunInterrupted": "trainer.errors",
     "RunTerminated": "trainer.errors",
     "Schedule": "trainer.loop.schedule",

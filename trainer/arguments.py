@@ -91,7 +91,8 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
     epoch_outputs_limit_bytes: _Count = 4 * 2**30
     """Maximum bytes of host memory for the step outputs of the hooks at an epoch's end."""
     reset_optimizers_schedulers: bool = False
-    """Whether a resumed run restores only the module's state, and starts with new optimizers and schedulers."""
+    """Whether a resumed run continues at its step with new optimizers and schedulers, which serve the rest of it.
+    ``Trainer(init_from=...)`` starts at step 0 with weights alone."""
     resume_data: Literal["skip", "replay"] = "skip"
     """How a run that resumes within an epoch reaches its position in the data: 'skip' starts the sampler there without
     reading the earlier batches; 'replay' reads and discards them, which is exact for random augmentation in dataloader

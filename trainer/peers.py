@@ -79,7 +79,7 @@ CALLS: Mapping[str, str] = {
     "lr_schedulers": "keep the schedulers of get_optimizers_schedulers in attributes",
     "manual_backward": "set manual_optimization = True and call self.optimize(loss, optimizer)",
     "toggle_optimizer": "set requires_grad of the parameters",
-    "load_from_checkpoint": "build the module and give the Trainer resume",
+    "load_from_checkpoint": "build the module and give the Trainer resume, or init_from for weights alone",
 }
 """Methods that the code of modules and callbacks calls."""
 

@@ -25,6 +25,7 @@ from events.sink import Place
 from events.strict import argument_problems, refusing
 from trainer.arguments import TrainerArguments, trainer_aliases
 from trainer.checkpoint.fetch import KEYWORDS
+from trainer.checkpoint.init_from import InitFrom
 from trainer.checkpoint.resume import CheckpointPlan
 from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
 from trainer.hooks.hooks import TaskName
@@ -79,9 +80,9 @@ class Trainer:
             ``run_dir``. ``"best"``: the one with the best `Checkpoints.best`. A path: of a checkpoint, or of a run's
             folder. An address in a remote store. None: start a new run. `test` takes over the module's state only.
         init_from: Where a new run takes its weights from: a checkpoint, a run's folder (its newest checkpoint), an
-            address in a remote store, or a safetensors file. It starts at step 0 with new optimizers and a history of
-            its own. Every key must fit. A run that resumes ignores it, so that a job which is restarted may give both
-            this and ``resume="auto"``.
+            address in a remote store, a safetensors file, or a folder with ``model.safetensors``. It starts at step 0
+            with new optimizers and a history of its own. Every key must fit; `InitFrom` renames them, and takes a part.
+            A run that resumes ignores it, so that a job which is restarted may give both this and ``resume="auto"``.
         config: Your own hyperparameters: a mapping, dataclass, Struct or namespace, nested as you like. They are
             recorded in the run's folder (``config.json``) and in `RunStarted`, and every logger shows them as it shows
             hyperparameters. What JSON cannot hold becomes text. Secrets are masked: passwords and tokens of URLs, and
@@ -125,7 +126,7 @@ class Trainer:
         run_dir: str | os.PathLike[str] | None = None,
         checkpoints: bool | Checkpoints = True,
         resume: str | os.PathLike[str] | None = None,
-        init_from: str | os.PathLike[str] | None = None,
+        init_from: str | os.PathLike[str] | InitFrom | None = None,
         config: Any = None,
     ) -> None:
         self.module = module
@@ -140,7 +141,6 @@ class Trainer:
         self._run_dir = run_dir
         self._checkpoints = checkpoints
         self._resume = resume
-        self._init_from = init_from
         self._config = plain_config(config, problems)
         self._command_line: str | None = None
         check_checkpoints(checkpoints, resume, init_from, problems)
@@ -151,6 +151,7 @@ class Trainer:
             check_named(run_id, run_dir, resume, problems)
         if problems:
             raise ArgumentsError("Trainer: " + "; ".join(problems))
+        self._init_from = init_from if isinstance(init_from, InitFrom | None) else InitFrom(os.fspath(init_from))
 
     @refusing(TRAIN_ARGUMENTS)
     def train(self) -> RunResult:

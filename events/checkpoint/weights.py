@@ -98,8 +98,8 @@ class Weights(msgspec.Struct, frozen=True):
 
 
 def metadata_of(run_id: str, step: int, checkpoint: str | None, metric: Metric | None) -> dict[str, str]:
-    """Return the texts in the header of the weights of a run, by which a reader finds their origin."""
-    notes = {"run_id": run_id, "global_step": str(step)}
+    """Return the texts in the header of the weights of a run: equal weights of a run's last step are equal files."""
+    notes = {"global_step": str(step)}
     if checkpoint is not None:
         notes["checkpoint"] = f"{run_id}/{checkpoint}"
     if metric is not None:
@@ -201,7 +201,7 @@ def renamed(names: Iterable[str], rename: Mapping[str, str]) -> dict[str, str]:
         unused.difference_update(matching)
         prefix = max(matching, key=len, default=None)
         new = name if prefix is None else rename[prefix] + name[len(prefix) :]
-        if not new or new.startswith("."):
+        if prefix is not None and (not new or new.startswith(".")):
             raise ValueError(f"the prefix {prefix!r} leaves {new!r} of {name}; end the prefix with a dot")
         if new in owners:
             raise ValueError(f"{owners[new]} and {name} would both become {new}; choose another prefix")

@@ -20,6 +20,7 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
+from support.https import make_certificate
 
 from events.messages import MetricsLogged, RunEnded, RunStarted
 from events.run.folder import RunFolder
@@ -417,12 +418,8 @@ async def test_memory_is_bounded_with_the_default_limits(monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unsigned certificate for 127.0.0.1, with its key."""
     path = tmp_path_factory.mktemp("tls") / "both.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(path), "-out", f"{path}.crt"]
-    subprocess.run(command, check=True, capture_output=True)
-    path.write_bytes(path.read_bytes() + Path(f"{path}.crt").read_bytes())
+    make_certificate(path)
     return path
 
 

@@ -277,7 +277,6 @@ def test_the_weights_of_the_best_checkpoint_are_written_at_the_end(tmp_path: Pat
                 metadata = file.metadata()
             assert metadata == {
                 "format": "pt",
-                "run_id": "r",
                 "checkpoint": "r/step-2.a1",
                 "global_step": "2",
                 "metric": "score=1.0",

@@ -305,7 +305,6 @@ def test_the_weights_of_the_newest_attempt_are_written_at_the_end(run: RunFolder
     assert metadata.pop("metric") == f"val_loss={outcome.result.metrics['val_loss']!r}"
     assert metadata == {
         "format": "pt",
-        "run_id": outcome.result.run_id,
         "global_step": str(outcome.result.global_step),
         "again.weight": "linear.weight",
     }

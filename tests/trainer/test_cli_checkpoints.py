@@ -396,7 +396,6 @@ def test_an_export_is_loaded_as_a_model(
         with safe_open("weights.safetensors", "pt") as file:
             assert file.metadata() == {
                 "format": "pt",
-                "run_id": "the-run",
                 "checkpoint": "the-run/step-8.a2",
                 "global_step": "8",
                 "metric": f"val_loss={manifest.metric.value!r}",

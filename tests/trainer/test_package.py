@@ -130,6 +130,7 @@ def test_the_public_names_are_chosen_and_imported_on_first_use() -> None:
         "Delivery",
         "Histogram",
         "Image",
+        "InitFrom",
         "ModuleInterface",
         "RunInterrupted",
         "RunTerminated",

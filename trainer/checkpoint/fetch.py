@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import os
-from collections.abc import Callable
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from events.checkpoint.lineage import ranked
 from events.checkpoint.manifest import CheckpointName
@@ -13,7 +19,9 @@ from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, RESUMED_DIR, CheckpointStore
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from events.log import logger
+from events.masking import masked
 from events.run.folder import RunFolder
+from events.safe_files import make_folder_below, replace_below
 
 if TYPE_CHECKING:
     from events.checkpoint.remote import RemoteStore
@@ -21,6 +29,10 @@ if TYPE_CHECKING:
 KEYWORDS = ("auto", "best")
 """Values of ``resume`` that are neither a path nor an address."""
 _WORDS = frozenset({*KEYWORDS, "last", "latest", "newest"})
+
+_PIECE_BYTES = 16 * 2**20
+_HEADER_BYTES = 100_000_000  # readers of safetensors refuse longer headers
+_HTTPS_TIMEOUT_S = 30.0
 
 Fetch = Callable[[], Path | None]
 
@@ -69,9 +81,13 @@ def _fetch_address(argument: str, address: str, run_id: str, run_dir: Path | Non
     from events.checkpoint.objects import parse_url
     from events.checkpoint.remote import RemoteStore
 
-    parse_url(address)  # raises without quoting the address, which may hold a secret
+    is_file = argument == "init_from" and urllib.parse.urlsplit(address).path.endswith(".safetensors")
+    if not (is_file and address.startswith("https://")):
+        parse_url(address)  # raises without quoting the address, which may hold a secret
     if run_dir is None:
-        raise CheckpointNotFound(f"{argument}={address!r} needs a run folder for the download; give run_dir")
+        raise CheckpointNotFound(f"{argument}={masked(address)!r} needs a run folder for the download; give run_dir")
+    if is_file:
+        return _fetch_file(address, run_id, run_dir)
     base, _, last = address.rstrip("/").rpartition("/")
     name = CheckpointName.parse(last)
     remote = RemoteStore(base if name is not None else address)
@@ -83,6 +99,67 @@ def _fetch_address(argument: str, address: str, run_id: str, run_dir: Path | Non
     with RunFolder.open(run_dir, run_id):
         # Weights of any run may be copied: the history does not continue from them.
         return _download(remote, names, run_dir, None if argument == "init_from" else run_id)
+
+
+def _fetch_file(address: str, run_id: str, run_dir: Path) -> Path:
+    """Download a safetensors file. Raises `CheckpointError`."""
+    file = run_dir / RESUMED_DIR / "model.safetensors"
+    pieces = _https_pieces(address) if address.startswith("https://") else _object_pieces(address)
+    try:
+        with RunFolder.open(run_dir, run_id):
+            make_folder_below(run_dir, RESUMED_DIR)
+            replace_below(run_dir, f"{RESUMED_DIR}/{file.name}", pieces, durable=False)
+    except (OSError, http.client.HTTPException) as error:
+        raise CheckpointError(
+            f"init_from={masked(address)!r} cannot be copied to {file}: {masked(str(error))}; check the address and the"
+            f" disk"
+        ) from error
+    logger.info(f"{masked(address)} was copied to {file}")
+    return file
+
+
+def _https_pieces(address: str) -> Iterator[bytes]:
+    try:
+        opened = urllib.request.urlopen(address, timeout=_HTTPS_TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
+        raise OSError(str(error)) from None
+    with opened as answer:
+        left = int(answer.headers.get("Content-Length") or 0)
+        while piece := answer.read(_PIECE_BYTES):
+            left -= len(piece)
+            yield piece
+        if left > 0:
+            raise OSError(f"the connection was closed {left:,} bytes before the end")
+
+
+def _object_pieces(address: str) -> Iterator[bytes]:
+    """Yield the bytes of a safetensors file in a store: its header has its size, which only a list would have, too."""
+    from events.checkpoint.objects import Limits, Objects
+
+    base, _, key = address.rpartition("/")
+    objects = Objects(base, Limits())
+
+    def read(begin: int, nbytes: int) -> bytes:
+        if (data := objects.get_range(urllib.parse.unquote(key), begin, nbytes)) is None:
+            raise CheckpointNotFound(f"init_from={masked(address)!r} does not exist; check the address")
+        if len(data) != nbytes:
+            raise CheckpointDamaged(f"{masked(address)} is shorter than its header requires; write it again")
+        return data
+
+    begin = read(0, 8)
+    size = 8 + int.from_bytes(begin, "little")
+    if not 8 < size < _HEADER_BYTES:
+        raise CheckpointDamaged(f"{masked(address)} is not a safetensors file; write it with safetensors' save_file")
+    yield begin + (header := read(8, size - 8))
+    try:
+        entries = msgspec.json.decode(header, type=dict[str, dict[str, Any]])
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        end = size + max(ends, default=0)
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointDamaged(f"{masked(address)} is not a safetensors file: {error}") from error
+    for at in range(size, end, _PIECE_BYTES):
+        yield read(at, min(_PIECE_BYTES, end - at))
 
 
 def _fetch_own(upload: str, run_id: str, run_dir: Path, best: Checkpoints | None) -> None:

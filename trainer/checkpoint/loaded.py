@@ -10,9 +10,10 @@ import msgspec
 
 from events.checkpoint.files import read_file, read_manifest
 from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, Manifest
+from events.checkpoint.weights import first_of
 from events.errors import CheckpointDamaged, CheckpointMismatch
 from events.log import logger
-from trainer.checkpoint.fit import check_fits, first_of, own_loading_prefixes, takes_state_by_default
+from trainer.checkpoint.fit import check_fits, own_loading_prefixes, takes_state_by_default
 from trainer.checkpoint.position import SAVED_FIELDS, Position, SavedCallback, SavedState
 from trainer.data.rng import RngState
 from trainer.data.tensor_state import put_together
@@ -99,7 +100,7 @@ class Loaded:
             CheckpointMismatch: The state is of another model; names keys and shapes. The module is unchanged, unless a
                 submodule with its own loading refused.
         """
-        state, by_default = self._module_state(averaged), takes_state_by_default(module)
+        state, by_default = self.module_state(averaged), takes_state_by_default(module)
         own = own_loading_prefixes(module) if by_default else ()
         if by_default:
             check_fits(module, state, str(self.folder), own)
@@ -115,7 +116,8 @@ class Loaded:
                 f" over: {error}"
             ) from error
 
-    def _module_state(self, averaged: bool | None) -> Any:
+    def module_state(self, averaged: bool | None) -> Any:
+        """Return the module's state, which shares the memory of the file; ``averaged`` as in `restore_module`."""
         saved = self.state.get("averaged")
         if saved is None and averaged:
             logger.warning(f"the checkpoint {self.folder} has no averaged weights, so its trained weights are used")

@@ -10,14 +10,17 @@ from pathlib import Path
 from events.checkpoint.lineage import AttemptNote, ranked
 from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import CHECKPOINTS_DIR, WEIGHTS_NAME, CheckpointStore
+from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
+from events.checkpoint.weights import first_of
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from events.log import logger
 from events.masking import masked
 from events.safe_files import UnsafeFile
 from trainer.checkpoint.fetch import KEYWORDS, no_name
-from trainer.checkpoint.fit import first_of, load_weights
+from trainer.checkpoint.fit import takes_state_by_default
+from trainer.checkpoint.init_from import InitFrom
 from trainer.checkpoint.loaded import Loaded
+from trainer.checkpoint.warm_start import file_of_weights, flattened, read_state, take
 from trainer.module_interface import ModuleInterface
 
 OnRejected = Callable[[str, Exception], None]
@@ -41,7 +44,7 @@ class CheckpointPlan:
         store: CheckpointStore | None,
         resume: str | os.PathLike[str] | None,
         url: str | None,
-        init_from: str | os.PathLike[str] | None = None,
+        init_from: InitFrom | None = None,
         run_id: str | None = None,
     ) -> None:
         self.settings = settings
@@ -62,7 +65,7 @@ class CheckpointPlan:
             _check_place("resume", resume, store)
         found = store is not None and resume == "auto" and (store.source is not None or any(store.candidates()))
         if self._init_from is not None and not found:
-            _check_place("init_from", self._init_from, None)
+            _check_place("init_from", self._init_from.path, None)
 
     def load(self, on_rejected: OnRejected) -> Loaded | None:
         """Read the checkpoint to resume from; None for a new run. Waits for the disk.
@@ -77,9 +80,7 @@ class CheckpointPlan:
         if resume is None:
             return None
         if self._init_from is not None and resume != "auto":
-            logger.warning(
-                f"init_from={os.fspath(self._init_from)!r} is ignored; resume={os.fspath(resume)!r} is given"
-            )
+            logger.warning(f"init_from={self._init_from.path!r} is ignored; resume={os.fspath(resume)!r} is given")
         if resume not in KEYWORDS:
             return find(resume, store, on_rejected)
         if store is None:
@@ -129,18 +130,24 @@ class CheckpointPlan:
             CheckpointMismatch: The weights are of another model; names keys and shapes. The module is unchanged.
             CheckpointError: The weights do not exist, or cannot be read.
         """
-        if self._init_from is None:
+        init = self._init_from
+        if init is None:
             return False
-        named = Path(self._init_from)
-        place = _weights_at(named)
-        if place.is_file():
-            load_weights(module, place, follow=place == named)
+        named = Path(init.path)
+        if (file := file_of_weights(named)) is not None:
+            take(module, read_state(file, named), init, str(file))
             return True
 
         def warn(name: str, error: Exception) -> None:
             logger.warning(f"{error}; an older checkpoint is tried")
 
-        find(place, None, warn, "init_from").restore_module(module, averaged=None)
+        loaded = find(named.parent if named.is_file() else named, None, warn, "init_from")
+        if not init.strict or init.rename:
+            take(module, dict(flattened(loaded.module_state(None))), init, str(loaded.folder))
+        elif takes_state_by_default(module):
+            take(module, loaded.module_state(None), init, str(loaded.folder))
+        else:
+            loaded.restore_module(module, averaged=None)
         return True
 
     def scores_up_to(self, loaded: Loaded) -> dict[int, float]:
@@ -281,6 +288,8 @@ def _not_found(path: str | os.PathLike[str], argument: str) -> CheckpointNotFoun
     above = Path(text).parent
     if (names := CheckpointStore(above).names()) and above.name == CHECKPOINTS_DIR:
         wrong += f"; {above} holds {', '.join(first_of(map(str, names)))}"
+    if argument == "init_from" and (files := sorted(Path(text).glob("*.safetensors"))):
+        wrong += f"; it has {', '.join(first_of(file.name for file in files))}"
     fix = "or 'auto' or 'best'" if argument == "resume" else "or a safetensors file"
     return CheckpointNotFound(
         f"{argument}={masked(text)!r}: {wrong}; give the folder of a checkpoint or of a run, {fix}"
@@ -298,12 +307,3 @@ def _contents(store: CheckpointStore) -> str:
         else:
             shown.append(str(name) if metric is None else f"{name} ({metric.name} {metric.value:.6g})")
     return ", ".join(first_of(shown)) or "none"
-
-
-def _weights_at(place: Path) -> Path:
-    """Return the path that ``init_from`` refers to: a file of weights, or the folder of a checkpoint or of a run."""
-    if place.is_file() and (place.parent / MANIFEST_NAME).is_file():
-        return place.parent  # a file of a checkpoint, which holds more than weights
-    if (place / WEIGHTS_NAME).is_file() and not CheckpointStore(place / CHECKPOINTS_DIR).names():
-        return place / WEIGHTS_NAME
-    return place

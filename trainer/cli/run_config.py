@@ -24,6 +24,7 @@ from events.packages import check_packages
 from events.sink import Place, Sink
 from events.strict import Strict
 from trainer.arguments import TrainerArguments, trainer_aliases
+from trainer.checkpoint.init_from import InitFrom
 from trainer.config import apply_overrides, decode, load_config
 from trainer.errors import ArgumentsError
 
@@ -66,9 +67,8 @@ class RunConfig(Strict, frozen=True, kw_only=True):
     """The checkpoint to resume from: auto (the newest valid one of this run, or a new run if there is none), best (the
     one with the best metric), the path of a checkpoint or of a run folder, or an address in a remote store. None: start
     a new run."""
-    init_from: str | None = None
-    """The source of a new run's weights: a checkpoint, a run folder, an address in a remote store, or a safetensors
-    file."""
+    init_from: InitFrom | str | None = None
+    """The source of a new run's weights: a path or an address, or a mapping with it as path: see init_from below."""
     config: dict[str, Any] = msgspec.field(default_factory=dict)
     """Further hyperparameters to record, beside the options of the module, which are recorded in any case; where both
     have a name, this value is recorded."""
@@ -104,6 +104,8 @@ def _expanded(config: Mapping[str, object]) -> dict[str, object]:
     for key in _SWITCHES:
         if result.get(key) is True:
             result[key] = {}
+    if isinstance(path := result.get("init_from"), str):
+        result["init_from"] = {"path": path}
     return result
 
 

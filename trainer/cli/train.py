@@ -16,6 +16,7 @@ from events.field_docs import field_docs
 from events.journal.writer import Journal
 from events.protocol import RunResult
 from trainer.arguments import TrainerArguments
+from trainer.checkpoint.init_from import InitFrom
 from trainer.cli.run_config import RunConfig, load_run_config, prepare
 from trainer.cli.text import echo, show_exception
 from trainer.config import describe_type
@@ -83,8 +84,6 @@ def _print_result(result: RunResult) -> None:
             echo(f"{name}: {place}")
     if result.best_checkpoint is not None:
         echo(f"best checkpoint: {result.best_checkpoint} ({result.best_metric:.6g})")
-    if result.weights is not None:
-        echo(f"weights: {result.weights}")
 
 
 def _print_summary(file: str, config: RunConfig, module: ModuleInterface) -> None:
@@ -130,6 +129,7 @@ def _sections() -> Iterator[tuple[str, str, str, type]]:
     yield "keys", "", "", RunConfig
     yield "arguments", "Arguments of the training.", "arguments.", TrainerArguments
     yield "checkpoints", "Intervals and retention.", "checkpoints.", Checkpoints
+    yield "init_from", "The weights of a new run.", "init_from.", InitFrom
     yield "journal", "The run's events, in the run folder.", "journal.", Journal
     for name in sink_names():
         try:
@@ -162,6 +162,7 @@ _KEY_TYPES = {
     "callbacks": "a list of strings, or of mappings with callback and its options",
     "checkpoints": "true or false, or a mapping",
     "journal": "true or false, or a mapping",
+    "init_from": "a string, or a mapping, or None",
 }
 
 

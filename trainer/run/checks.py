@@ -20,6 +20,7 @@ from trainer.arguments import TrainerArguments
 from trainer.averaging import AveragedWeights
 from trainer.callback_interface import CallbackInterface
 from trainer.checkpoint.fetch import KEYWORDS
+from trainer.checkpoint.init_from import InitFrom
 from trainer.errors import ArgumentsError
 from trainer.module_interface import ModuleInterface
 from trainer.run.contract_checks import check_contract
@@ -198,8 +199,8 @@ def check_checkpoints(checkpoints: Any, resume: Any, init_from: Any, problems: l
             problems.append(f"Checkpoints(upload=...): {error}")
     if not isinstance(resume, str | os.PathLike | None) or resume == "":
         problems.append(f"resume must be 'auto', 'best', a path, an address or None, not {shown(resume)}")
-    if not isinstance(init_from, str | os.PathLike | None) or init_from == "":
-        problems.append(f"init_from must be a path, an address or None, not {shown(init_from)}")
+    if not isinstance(init_from, str | os.PathLike | InitFrom | None) or init_from == "":
+        problems.append(f"init_from must be a path, an address, InitFrom(...) or None, not {shown(init_from)}")
 
 
 def check_named(run_id: Any, run_dir: Any, resume: Any, problems: list[str]) -> None:

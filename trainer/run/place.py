@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
+
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.log import Warned, collecting
 from trainer.checkpoint.fetch import fetch_for
+from trainer.checkpoint.init_from import InitFrom
 
 
 class RunPlace:
@@ -25,7 +28,7 @@ class RunPlace:
         run_dir: Path | None,
         settings: Checkpoints | None,
         resume: str | os.PathLike[str] | None,
-        init_from: str | os.PathLike[str] | None,
+        init_from: InitFrom | None,
     ) -> None:
         self.run_id = run_id
         self.run_dir = run_dir
@@ -33,7 +36,9 @@ class RunPlace:
         self.resume = resume
         self.init_from = init_from
         self._fetch = fetch_for("resume", resume, settings, run_id, run_dir)
-        self._fetch_weights = fetch_for("init_from", init_from, None, run_id, run_dir)
+        self._fetch_weights = None
+        if init_from is not None:
+            self._fetch_weights = fetch_for("init_from", init_from.path, None, run_id, run_dir)
         self.warned: list[Warned] = []
 
     @property
@@ -46,9 +51,10 @@ class RunPlace:
         if self._fetch is not None:
             with collecting(self.warned):
                 self.resume = self._fetch() or self.resume
-        if self._fetch_weights is not None:
+        if self._fetch_weights is not None and self.init_from is not None:
             with collecting(self.warned):
-                self.init_from = None if self._resumes else self._fetch_weights()
+                path = None if self._resumes else self._fetch_weights()
+            self.init_from = None if path is None else msgspec.structs.replace(self.init_from, path=str(path))
 
     @property
     def _resumes(self) -> bool:
