@@ -300,6 +300,29 @@ class TextLogged(Event, frozen=True, gc=False, tag=True):
     droppable: ClassVar[bool] = True
 
 
+class OperatorTime(msgspec.Struct, frozen=True, gc=False):
+    """An operator, or a kernel of the device, in a trace."""
+
+    name: str
+    calls: Int64 = 0
+    self_s: float = 0.0
+    """Seconds of all calls, without those of operators within."""
+    on_device: bool = False
+    """Whether it is a kernel or a copy, with its time on the device."""
+
+
+class TraceSaved(Event, frozen=True, gc=False, tag=True):
+    """`trainer.callbacks.Profiler` has written the trace of a window of steps."""
+
+    path: str
+    """Relative to the run folder, with slashes, or absolute if it is elsewhere."""
+    nbytes: Int64 = 0
+    first_step: Int64 = 0
+    last_step: Int64 = 0
+    operators: list[OperatorTime] = []
+    """The longest operators, and the longest kernels."""
+
+
 class GpuSample(msgspec.Struct, frozen=True, gc=False):
     """One GPU at one moment."""
 
@@ -662,6 +685,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     HistogramLogged,
     ImageLogged,
     TextLogged,
+    TraceSaved,
     SystemSampled,
     NonFiniteLoss,
     NonFiniteGradient,

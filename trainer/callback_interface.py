@@ -104,12 +104,13 @@ class CallbackInterface(ABC):
     the checkpoint; it returns plain values and tensors. ``load_state_dict`` is called before the first hook of a
     resumed run.
 
-    A callback may have two more methods, which are called on the loop's thread.
+    A callback may have more methods, which are called on the loop's thread.
     ``should_stop(global_step, metrics)`` is called after each validation (or epoch, in a run that does not validate)
     with its metrics; a returned reason stops the run as `Run.stop` does, before the next step. If the callback has an
     attribute ``monitor``, the name of a metric, it is called only when that metric exists; otherwise `MonitorMissing`
     is published, and `MetricNotFound` raised at the first validation. ``bind_optimizers(optimizers)`` is called once,
-    before the first step.
+    before the first step. ``around_run(run, module)``, with a `RunInfo`, returns a context manager, which is entered on
+    the loop's thread before anything is read or trained and left after the last step, however the run ends.
 
     A callback or the module may have three more hooks, which run inline on the loop's thread:
     ``on_begin_val_epoch(global_step, key)`` before each dataloader of a validation, in eval mode;

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 import torch
 
 from events.log import in_this_run, logger
-from events.messages import Event, ImageLogged, ObserverDropped, TextLogged
+from events.messages import Event, ImageLogged, ObserverDropped, OperatorTime, TextLogged
 from events.origin import Header, Origin
 from events.safe_files import make_folder_below, replace_below
 from trainer.data.tensor_state import bytes_of
@@ -152,13 +152,23 @@ class LoggedText(NamedTuple):
     text: str
 
 
-Logged = Histogram | Image | Drawn | LoggedText
+class SavedTrace(NamedTuple):
+    """A trace that a profiler has written: the fields of `TraceSaved`."""
+
+    path: str
+    nbytes: int
+    first_step: int
+    last_step: int
+    operators: list[OperatorTime]
+
+
+Logged = Histogram | Image | Drawn | LoggedText | SavedTrace
 """Values of `ModuleInterface.log` other than numbers, as they are recorded."""
 
 
 def as_logged(value: object) -> Logged | None:
     """Convert a histogram, image, figure or text on the calling thread; None for other values."""
-    if isinstance(value, Histogram | Image):
+    if isinstance(value, Histogram | Image | SavedTrace):
         return value
     if isinstance(value, str):
         return LoggedText(value)

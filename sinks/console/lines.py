@@ -29,6 +29,7 @@ from events.messages import (
     RunResumed,
     RunStarted,
     TestEpochEnded,
+    TraceSaved,
     TrainEpochEnded,
     TrainStepEnded,
     ValEpochEnded,
@@ -46,6 +47,8 @@ REPEAT_S = 10.0
 """Minimum seconds between two lines of one kind about one observer; others are counted."""
 _MOST_TRACEBACK = 30
 """Maximum lines per traceback."""
+_MOST_OPERATORS = 10
+"""Maximum operators per trace."""
 _MOST_REPEATS = 256
 """Maximum kinds of lines that are counted, because names are untrusted text."""
 
@@ -90,6 +93,7 @@ class Chronicle:
             CheckpointFailed: self._checkpoint_failed,
             CheckpointUploaded: self._checkpoint_uploaded,
             CheckpointRejected: self._checkpoint_rejected,
+            TraceSaved: _trace_saved,
             WeightsSaved: lambda e: [_line(e, "note", f"weights in {plain_text(e.path)} ({format_bytes(e.nbytes)})")],
         }
 
@@ -325,6 +329,16 @@ def _traceback(e: RunEnded) -> list[Line]:
     if len(rows) > len(shown):
         shown.insert(0, f"... {len(rows) - len(shown):,} lines before")
     return [Line(e.time, "note", [(Span(plain_text(row, 300), "dim"),)]) for row in shown]
+
+
+def _trace_saved(e: TraceSaved) -> list[Line]:
+    steps = f"steps {e.first_step:,} to {e.last_step:,}" if e.last_step > e.first_step else f"step {e.last_step:,}"
+    rows = [
+        f"{format_duration(one.self_s)} in {one.calls:,} x {plain_text(one.name, 60)}" + " (device)" * one.on_device
+        for one in e.operators[:_MOST_OPERATORS]
+    ]
+    head = f"trace of {steps} in {plain_text(e.path)} ({format_bytes(e.nbytes)})"
+    return [_line(e, "note", head), *(_line(e, "note", f"  {row}") for row in rows)]
 
 
 def _many(count: int, noun: str) -> str:

@@ -77,6 +77,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "CheckpointUploaded": ("step-1.a1", "s3://bucket"),
     "CheckpointDeleted": ("step-1.a1",),
     "CheckpointRejected": ("step-1.a1", "CheckpointDamaged"),
+    "TraceSaved": ("traces/host_1.2.pt.trace.json.gz",),
     "WeightsSaved": ("run/weights.safetensors",),
     "LedgerReported": ("run", StallLedger()),
     "CommandTaken": ("stop", "id"),

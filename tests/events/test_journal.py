@@ -61,6 +61,7 @@ from events.messages import (
     RunResumed,
     RunStarted,
     SystemSampled,
+    TraceSaved,
     TrainStepEnded,
     UnknownEvent,
     WarningLogged,
@@ -1145,7 +1146,7 @@ def test_every_event_type_is_bound_to_a_step_or_not() -> None:
         *(LoopHeld, JournalGap, CommandTaken, SystemSampled, ObserversReported, WarningLogged),
         # They tell of what is on the disk, which no later attempt undoes.
         *(CheckpointStaged, CheckpointSkipped, CheckpointSaved, CheckpointFailed, CheckpointRejected, WeightsSaved),
-        *(CheckpointUploading, CheckpointUploaded, CheckpointDeleted),
+        *(CheckpointUploading, CheckpointUploaded, CheckpointDeleted, TraceSaved),
     }
     assert set(EVENT_TYPES) == stays | set(SUPERSEDED_TYPES)
     assert not stays & set(SUPERSEDED_TYPES)

@@ -27,6 +27,7 @@ from events.messages import (
     MetricsLogged,
     ObserverFailed,
     ObserverHealth,
+    OperatorTime,
     RunStarted,
     StallLedger,
     TrainStepEnded,
@@ -476,6 +477,7 @@ def fields_in_repr(line: str) -> dict[str, Any]:
         "StallLedger": StallLedger,
         "GpuSample": GpuSample,
         "ObserverHealth": ObserverHealth,
+        "OperatorTime": OperatorTime,
         "__builtins__": {},
         **{event_type.__name__: dict for event_type in EVENT_TYPES},
     }

@@ -15,8 +15,10 @@ from events.messages import (
     CheckpointSaved,
     CheckpointSkipped,
     CheckpointUploaded,
+    OperatorTime,
     RunEnded,
     RunResumed,
+    TraceSaved,
     TrainEpochEnded,
     TrainEpochStarted,
     TrainStepEnded,
@@ -144,6 +146,14 @@ def test_checkpoints_are_told_of(stderr: Any, story: Any) -> None:
         story(CheckpointUploaded, checkpoint="step-60.a2", url="s3://b/step-60.a2", nbytes=5_000, duration_s=2.0),
         story(CheckpointSaved, checkpoint="step-90.a2", reasons=["stop"], **saved),
         story(WeightsSaved, path="runs/demo/weights.safetensors", nbytes=42_000_000),
+        story(
+            TraceSaved,
+            path="traces/h_1.2.pt.trace.json.gz",
+            nbytes=7_600,
+            first_step=4,
+            last_step=6,
+            operators=[OperatorTime("aten::mm", 300, 0.25), OperatorTime("gemm", 2, 0.5, True)],
+        ),
     )
     text = stream.getvalue()
     for expected in (
@@ -155,6 +165,9 @@ def test_checkpoints_are_told_of(stderr: Any, story: Any) -> None:
         "uploaded to s3://b/step-60.a2: 5.0 kB in 2.0 s",
         "checkpoint step-90.a2 (stop): 1.5 GB, durable after 1.5 s [and 2 more before]",
         "weights in runs/demo/weights.safetensors (42 MB)",
+        "trace of steps 4 to 6 in traces/h_1.2.pt.trace.json.gz (7.6 kB)",
+        "  250 ms in 300 x aten::mm",
+        "  500 ms in 2 x gemm (device)",
     ):
         assert expected in text
     assert "step-70.a2 (steps)" not in text

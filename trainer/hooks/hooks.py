@@ -160,6 +160,8 @@ class CallbackHooks:
         """The metric without which ``should_stop`` is not called."""
         self.bind_optimizers = self._optional(callback, "bind_optimizers")
         """Called with the run's optimizers, once, on the loop's thread before the first step."""
+        self.around_run = self._optional(callback, "around_run")
+        """Called with `RunInfo` and the module on the loop's thread; returns a context manager around the run."""
         beyond = {name: self._inline_hook(callback, name) for name in BEYOND_CONTRACT}
         self.beyond = {name: hook for name, hook in beyond.items() if hook is not None and name in hooks}
         """Its hooks of `BEYOND_CONTRACT`, by name."""

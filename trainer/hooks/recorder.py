@@ -18,6 +18,7 @@ from events.messages import (
     MonitorMissing,
     RunEnded,
     TextLogged,
+    TraceSaved,
     TrainEpochEnded,
     ValEpochEnded,
 )
@@ -28,7 +29,7 @@ from trainer.callback_interface import Reduction, checked_number
 from trainer.errors import MetricNotFound
 from trainer.hooks.metric_objects import MetricObject, MetricObjects, check_single
 from trainer.hooks.reductions import Numbers, Value, reduced
-from trainer.media import INLINE_TEXT, Drawn, Histogram, Image, Logged, LoggedText, MediaWriter
+from trainer.media import INLINE_TEXT, Drawn, Histogram, Image, Logged, LoggedText, MediaWriter, SavedTrace
 
 
 class MetricRecorder:
@@ -84,7 +85,7 @@ class MetricRecorder:
         header = self._ring.origin.header() if event is None else header_of(event)
         key = getattr(event, "key", None)
         of_seq = event.seq if event is not None else None
-        if isinstance(value, Histogram | Image | Drawn | LoggedText):
+        if isinstance(value, Histogram | Image | Drawn | LoggedText | SavedTrace):
             self._publish_other(name, value, header, key, of_seq)
         else:
             self._publish(MetricsLogged(*header, metrics={}, key=key, of_seq=of_seq), {name: value})
@@ -157,7 +158,7 @@ class MetricRecorder:
         groups: dict[str, Numbers] = {}
         reductions: dict[str, Reduction] = {}
         for name, value, weight, reduce in values:
-            if isinstance(value, Histogram | Image | Drawn | LoggedText):
+            if isinstance(value, Histogram | Image | Drawn | LoggedText | SavedTrace):
                 self._publish_other(name, value, self._ring.origin.header(), key, None)
             else:
                 groups.setdefault(name, []).append((value, weight))
@@ -313,6 +314,9 @@ class MetricRecorder:
             )
 
     def _publish_other(self, name: str, value: Logged, header: Header, key: str | None, of_seq: int | None) -> None:
+        if isinstance(value, SavedTrace):
+            self._ring.publish(TraceSaved(*header, *value))
+            return
         full, kind = metric_name(name, key), _KINDS[type(value)]
         if self._places.get(full) != (header[-1], kind):
             self._place(full, header[-1], kind)

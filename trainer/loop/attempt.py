@@ -13,6 +13,7 @@ from events.bus.ring import Ring
 from events.log import logger
 from events.messages import ObserverFailed
 from events.origin import Origin
+from events.sink import RunInfo
 from events.tracebacks import describe
 from trainer.arguments import TrainerArguments
 from trainer.checkpoint.resume import CheckpointPlan
@@ -45,6 +46,7 @@ class Attempt:
     readback: DeviceReadback
     plan: CheckpointPlan
     record: RunRecord
+    info: RunInfo
     phase: str = "setup"
     """What the loop is doing, for messages."""
 

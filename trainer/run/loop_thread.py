@@ -8,6 +8,7 @@ import dataclasses
 import sys
 import threading
 import weakref
+from typing import Any
 
 import anyio
 import torch
@@ -187,10 +188,24 @@ class LoopThread:
             logger.warning(warning)
         restore = compile_steps(module, arguments.compile_options) if arguments.compile else None
         try:
-            {"train": self.task.train, "validate": self.task.validate, "test": self.task.test}[attempt.task]()
+            with contextlib.ExitStack() as around:
+                self._enter_callbacks(around)
+                {"train": self.task.train, "validate": self.task.validate, "test": self.task.test}[attempt.task]()
         finally:
             if restore is not None:
                 restore()
+
+    def _enter_callbacks(self, around: contextlib.ExitStack) -> None:
+        attempt = self._attempt
+        for callback in attempt.hooks.callbacks:
+            if callback.around_run is not None:
+                attempt.phase = "around_run"
+                try:
+                    manager: Any = callback.around_run(attempt.info, attempt.module)
+                    around.enter_context(manager)
+                except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
+                    add_note(error, f"raised by {callback.name}.around_run")
+                    attempt.fail_hook(callback, "around_run", error)
 
     def _claim(self) -> None:
         """Make the module and the callbacks log to this run."""

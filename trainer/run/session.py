@@ -115,7 +115,7 @@ class Session:
             self.observers.add_sinks(sinks, sinks_in)
             self._system = self._make_sampler(arguments.system_interval_s)
             self._attempt = Attempt(
-                task, module, arguments, device, precision, control, ring, hooks, recorder, readback, plan, record
+                task, module, arguments, device, precision, control, ring, hooks, recorder, readback, plan, record, info
             )
             self.loop = LoopThread(self._attempt)
             if task == "train":
