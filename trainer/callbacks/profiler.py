@@ -177,8 +177,9 @@ class Profiler(CallbackInterface):
                 f" written; set wait higher, or active lower"
             )
             return
-        write = in_this_run(self._write)
-        thread = threading.Thread(target=write, args=(window, folder, steps), name="stagecast-profiler", daemon=True)
+        write, before = in_this_run(self._write), self._writing[-1] if self._writing else None
+        arguments = (window, folder, steps, before)
+        thread = threading.Thread(target=write, args=arguments, name="stagecast-profiler", daemon=True)
         self._writing.append(thread)
         thread.start()
 
@@ -202,7 +203,9 @@ class Profiler(CallbackInterface):
 
     # ------------------------------------------------------------------------------------- on its own thread
 
-    def _write(self, profile: Any, folder: Path, steps: list[int]) -> None:
+    def _write(self, profile: Any, folder: Path, steps: list[int], before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()  # WAIT: one after the other, in their order
         try:
             with tempfile.TemporaryDirectory(prefix="stagecast-trace-") as temporary:
                 path, nbytes, operators = self._stored(profile, folder, Path(temporary))
