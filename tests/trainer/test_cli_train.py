@@ -338,12 +338,14 @@ def test_a_seed_is_that_of_the_weights_too(stagecast: Stagecast, folder: Path) -
 def test_a_check_builds_everything_and_trains_nothing(stagecast: Stagecast, folder: Path) -> None:
     """It prints what would be trained, and leaves nothing behind."""
     file = write(folder, "module: 'jobs.line:Line'\nsinks: [memory]\ncallbacks: ['jobs.line:Sample']\n")
-    code, out, err = stagecast("train", file, "--check", "arguments.gpu_batch_size_limit=8")
+    code, out, err = stagecast(
+        "train", file, "--check", "arguments.gpu_batch_size_limit=8", "arguments.batch_size_schedule.3=64"
+    )
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         "run.yaml is valid; nothing was trained.",
         "module:     jobs.line.Line, 7 parameters",
-        "steps:      32 rows each, in micro-batches of 8",
+        "steps:      32 rows each, in micro-batches of 8; 64 rows after 3 epoch(s)",
         "sinks:      memory",
         "callbacks:  jobs.line:Sample",
     ]

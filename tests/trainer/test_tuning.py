@@ -38,6 +38,13 @@ def limited(most: int, error: type[Exception] = torch.OutOfMemoryError, **option
     return Net(train_step=step, **options)
 
 
+class Fixed(dict[str, int]):
+    """Cannot be changed."""
+
+    def clear(self) -> None:
+        raise TypeError
+
+
 class Keeping(ModuleInterface):
     """Keeps state of every kind: counters, lists, tensors, generators, an optimizer, a dataloader."""
 
@@ -56,7 +63,7 @@ class Keeping(ModuleInterface):
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.05)
         self.seen: dict[str, list[int]] = {"steps": []}
         self.last: deque[float] = deque([0.5], maxlen=2)
-        self.mean, self.calls = torch.zeros(4), 0
+        self.mean, self.calls, self.fixed = torch.zeros(4), 0, Fixed(a=1)
 
     def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
         return [self.optimizer], [torch.optim.lr_scheduler.StepLR(self.optimizer, 3)]
@@ -116,6 +123,20 @@ def test_a_finder_leaves_no_trace(name: str, tmp_path: Path, monkeypatch: pytest
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
     assert net.calls == other.calls == 12
     assert os.listdir(tmp_path) == []
+
+
+def test_persistent_workers_of_a_kept_dataloader_end_with_the_trial() -> None:
+    """They would start in the run otherwise, with a seed that the dataloader's generator draws then."""
+    nets = [Keeping(), Keeping()]
+    for net in nets:
+        kind = {"shuffle": True, "generator": net.generator, "num_workers": 1, "persistent_workers": True}
+        net.loader = DataLoader(net.data, 4, **kind)  # type: ignore[arg-type]
+    find("batch size", nets[0])
+    assert nets[0].loader._iterator is None  # its workers end with the last reference
+    for net in nets:
+        torch.manual_seed(9)
+        train(net, train_batch_size=4, epochs=2)
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
 
 
 def test_a_finder_restores_a_module_whose_step_fails() -> None:

@@ -86,6 +86,11 @@ def _print_result(result: RunResult) -> None:
         echo(f"best checkpoint: {result.best_checkpoint} ({result.best_metric:.6g})")
 
 
+def _sizes_from_then(arguments: TrainerArguments) -> str:
+    schedule = sorted(arguments.batch_size_schedule.items())
+    return "".join(f"; {rows} rows after {done:,} {arguments.batch_size_interval}(s)" for done, rows in schedule)
+
+
 def _print_summary(file: str, config: RunConfig, module: ModuleInterface) -> None:
     weights = sum(parameter.numel() for parameter in module.parameters())
     sinks = ["console"] if config.sinks is None else [one["sink"] for one in config.sinks]
@@ -93,7 +98,7 @@ def _print_summary(file: str, config: RunConfig, module: ModuleInterface) -> Non
         f"{file} is valid; nothing was trained.",
         f"module:     {type(module).__module__}.{type(module).__qualname__}, {weights:,} parameters",
         f"steps:      {config.arguments.train_batch_size} rows each, in micro-batches of"
-        f" {config.arguments.micro_batch_size}",
+        f" {config.arguments.micro_batch_size}{_sizes_from_then(config.arguments)}",
         f"sinks:      {', '.join(sinks) or 'none'}",
         f"callbacks:  {', '.join(one['callback'] for one in config.callbacks) or 'none'}",
     )

@@ -167,13 +167,6 @@ def end_iteration(batches: object, loader: object) -> None:
             loader._iterator = None
 
 
-def close_workers(loader: Any) -> None:
-    """Stop the persistent workers of a torch dataloader."""
-    if has_live_workers(loader):
-        _shut_down(loader._iterator)
-        loader._iterator = None
-
-
 def _end_workers(batches: object) -> None:
     if isinstance(batches, _MultiProcessingDataLoaderIter) and not batches._persistent_workers:
         _shut_down(batches)

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from events.log import logger
-from trainer.data.loaders import close_workers, has_live_workers, has_state
+from trainer.data.loaders import has_state
 from trainer.data.rng import capture_rng, restore_rng
 from trainer.errors import ContractError
 from trainer.module_interface import ModuleInterface
@@ -107,8 +107,6 @@ class ModuleSnapshot:
         if len(items) <= _MOST_ITEMS:
             for item in items:
                 self._walk(item, depth + 1)
-        if isinstance(value, DataLoader) and not has_live_workers(value):
-            self._undo.append(lambda: close_workers(value))
         if isinstance(value, nn.Module):
             self._walk(vars(value), 0)
         elif self._keeps_state(value):
@@ -146,10 +144,12 @@ class ModuleSnapshot:
                 self._left_bytes += tensor.nbytes
                 self._unsaved.append((tensor, tensor._version))
                 return
-        saved = data.to("cpu", copy=True)
+        saved, version = data.to("cpu", copy=True), None if id(tensor) in self._state else tensor._version
         kept = grad.clone() if grad is not None else None
 
         def undo() -> None:
+            if tensor._version == version and tensor.data_ptr() == data.data_ptr():
+                return  # its memory may be read-only: a mapped file
             with torch.no_grad():
                 data.copy_(saved)
                 tensor.data = data  # `to` a device has replaced it
@@ -162,5 +162,14 @@ class ModuleSnapshot:
 
 
 def _refill(value: Any, members: Any) -> None:
+    """Give a container the entries that it had, unless it has them: it may be one that cannot be changed."""
+    if len(value) == len(members):
+        pairs = zip(_entries(value), _entries(members), strict=True)
+        if (value == members) if isinstance(value, set) else all(a is b for a, b in pairs):
+            return
     value.clear()
     value.extend(members) if isinstance(value, list | deque) else value.update(members)
+
+
+def _entries(value: Any) -> list[Any]:
+    return [part for item in value.items() for part in item] if isinstance(value, dict) else list(value)
