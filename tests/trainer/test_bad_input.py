@@ -287,7 +287,7 @@ def test_a_method_of_the_module_that_cannot_be_called_is_named_when_the_trainer_
     assert "Own.on_end_train(self) cannot take" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["should_stop", "bind_optimizers", "state_dict", "load_state_dict"])
+@pytest.mark.parametrize("name", ["should_stop", "bind_optimizers", "around_run", "state_dict", "load_state_dict"])
 def test_optional_methods_of_a_callback_are_checked_too(name: str) -> None:
     with pytest.raises(
         ArgumentsError, match=rf"Own.{name}\(self, a, b, c\) cannot take the trainer's arguments; define"

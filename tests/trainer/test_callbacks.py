@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,17 @@ import pytest
 import torch
 from msgspec.structs import replace
 from support.reads import watching_reads
-from support.training import Net, Outcome, make_trainer, train
+from support.training import Boom, Net, Outcome, make_trainer, train
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam
 from torch.optim.lr_scheduler import StepLR
 
 import trainer.loop.boundary
 from events.messages import HistogramLogged, MetricsLogged, ObserverFailed, StepSkipped, TrainStepEnded
-from events.sink import CALLBACK_DELIVERY
+from events.sink import CALLBACK_DELIVERY, RunInfo
 from sinks import Memory
 from trainer import CallbackInterface, Checkpoints, inline
-from trainer.callbacks import EMA, SWA, EarlyStopping, LearningRateMonitor, ModelStatistics
+from trainer.callbacks import EMA, SWA, EarlyStopping, LearningRateMonitor, ModelStatistics, Profiler
 from trainer.errors import ArgumentsError, ContractError
 
 RATE = "lr/optimizer0/group0"
@@ -141,8 +143,12 @@ def test_a_module_that_the_run_does_not_train_is_refused(kind: Any, problem: str
 
 @pytest.mark.parametrize(
     ("make", "during"),
-    [(lambda: EarlyStopping("acuracy"), "should_stop"), (lambda: LearningRateMonitor(Net()), "bind_optimizers")],
-    ids=["should_stop", "bind_optimizers"],
+    [
+        (lambda: EarlyStopping("acuracy"), "should_stop"),
+        (lambda: LearningRateMonitor(Net()), "bind_optimizers"),
+        (Profiler, "around_run"),  # a run without a folder
+    ],
+    ids=["should_stop", "bind_optimizers", "around_run"],
 )
 def test_a_failure_outside_of_hooks_follows_the_error_policy(make: Any, during: str) -> None:
     failed = train(Net(), callbacks=[make()]).error
@@ -152,6 +158,35 @@ def test_a_failure_outside_of_hooks_follows_the_error_policy(make: Any, during: 
     assert (outcome.result.status, outcome.result.global_step) == ("finished", 6)
     assert [(event.during, event.action) for event in outcome.of(ObserverFailed)] == [(during, "disabled")]
     assert outcome.logged() == {}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_around_run_is_entered_before_the_data_and_left_however_the_run_ends(fails: bool) -> None:
+    class Surrounds(CallbackInterface):
+        @contextlib.contextmanager
+        def around_run(self, run: RunInfo, module: Any) -> Iterator[None]:
+            seen.append((run.run_id, module is net, threading.current_thread()))
+            try:
+                yield
+            finally:
+                seen.append(steps[-1])
+
+    def data(net: Net, size: int) -> Any:
+        assert len(seen) == 1
+        return net.batches(size)
+
+    seen: list[Any] = []
+    steps: list[int] = []
+
+    def act(step: int) -> None:
+        steps.append(step)
+        if fails and step == 2:
+            raise Boom
+
+    net = Net(rows=64, train_data=data, act=act)
+    outcome = train(net, callbacks=[Surrounds()], run_id="r")
+    assert isinstance(outcome.error, Boom) is fails
+    assert seen == [("r", True, threading.current_thread()), 2 if fails else 8]
 
 
 # ------------------------------------------------------------------------------------------------- learning rates
