@@ -86,6 +86,8 @@ class WeightsWriter:
         path = self._store.path(name)
         verify(path, self._store.manifest(name))
         saved = weights_in(map_file(path, STATE_NAME), map_file(path, TENSORS_NAME), str(path))
+        if saved.averaged_by is not None and saved.problem is not None:
+            logger.warning(f"{path}: {saved.problem}")
         if (weights := saved.of_module(names)) is not None:
             return weights
         logger.warning(

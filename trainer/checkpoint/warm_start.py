@@ -27,6 +27,8 @@ MODEL_NAME = "model.safetensors"
 _INDEX = ".safetensors.index.json"
 """...and the end of the name of the list of its parts, if there are several."""
 _INDEX_BYTES = 64 * 2**20
+_PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
+"""The usual ends of the names of files of ``torch.save``, which stagecast does not read: no pickle is safe to read."""
 _EXTRA_STATE = "_extra_state"
 """The end of the names of state that is not a tensor, in torch's state dicts."""
 
@@ -69,9 +71,10 @@ def read_state(file: Path, named: Path) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise CheckpointError(f"init_from={masked(str(file))!r} cannot be read: {masked(str(error))}") from error
     except CheckpointDamaged as error:
+        pickled = "(torch.load(path, weights_only=True), ...)" if file.suffix in _PICKLES else ""
         raise CheckpointDamaged(
             f"init_from={masked(str(file))!r} cannot be used ({masked(str(error))}); write the weights with"
-            f" safetensors.torch.save_file"
+            f" safetensors.torch.save_file{pickled}"
         ) from error
 
 
