@@ -402,6 +402,42 @@ def test_a_validation_that_ends_early_leaves_the_trained_weights(ending: str, mo
     assert same(net.state_dict(), trained[-1])
 
 
+def manual_step(net: Any, global_step: int, batch: Any) -> None:
+    for _ in range(2):
+        net.optimize(net.forward_loss(batch)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bfloat16"},
+        {"precision": "float16", "gpu_batch_size_limit": 4},
+        {"optimizers": lambda net: ([torch.optim.LBFGS(net.parameters(), max_iter=3)], [])},
+        {"train_step": manual_step},
+    ],
+    ids=["bfloat16", "float16", "closures", "manual"],
+)
+def test_every_kind_of_step_validates_the_average_of_its_weights(options: dict[str, Any]) -> None:
+    own = {name: options[name] for name in ("optimizers", "train_step") if name in options}
+    arguments = {name: value for name, value in options.items() if name not in own}
+    net = type("Steps", (Net,), {"manual_optimization": "train_step" in own})(rows=32, **own)
+    weights: list[torch.Tensor] = []
+
+    class Reference(CallbackInterface):
+        @inline
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            now = net.linear.weight.detach()
+            weights.append(torch.lerp(weights[-1], now, 1 - 0.5) if weights else now.clone())
+
+    ema = EMA(net, 0.5, validate=True)
+    result = train(net, callbacks=[ema, Reference()], epochs=2, **arguments).result
+    assert torch.equal(ema.weights()["linear.weight"], weights[-1])
+    plain = make_trainer(net, **arguments).validate()["val_loss"]
+    with ema.applied():
+        assert make_trainer(net, **arguments).validate()["val_loss"] == result.metrics["val_loss"]
+    assert plain != result.metrics["val_loss"]
+
+
 def test_two_validated_averages_are_refused() -> None:
     net = Net()
     with pytest.raises(ArgumentsError, match="EMA and EMA have validate=True"):

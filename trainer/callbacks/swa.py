@@ -109,30 +109,28 @@ class SWA(AveragedWeights):
         self._fresh_at = 0  # the number of steps of the average that the batch norm statistics belong to
         self._partial: list[torch.Tensor] | None = None  # statistics that are being computed, while not applied
         self._is_computing = False
-        self._is_restored = False
         self._optimizers: list[torch.optim.Optimizer] = []
         self._replace: Callable[[list[Any], bool], None] | None = None
         self._schedulers: list[SWALR] = []
-        self._saved: list[Any] | None = None  # their states in the checkpoint that the run resumes from
+        self._resumed: list[Any] | None = None  # their states in the checkpoint from which the next run resumes
 
     # --------------------------------------------------------------------------------------------------- when
 
     def bind_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Start anew, unless the run resumes; raises as that of `AveragedWeights`."""
         super().bind_optimizers(optimizers)
-        if not self._is_restored:
+        if self._resumed is None:
             self.steps = self._epoch = self._averaged_at = self._fresh_at = 0
-            self._average, self._saved = {}, None
+            self._average = {}
             self._follow(join=False)
-        self._is_restored = False
         self._optimizers, self._schedulers = list(optimizers), []
 
     def bind_schedules(self, replace: Callable[[list[Any], bool], None]) -> None:
         """Continue with the learning rate of the checkpoint."""
         self._replace = replace
-        if self._saved is not None:
-            self._take_over(self._saved)
-        self._saved = None
+        if self._resumed:
+            self._take_over(self._resumed)
+        self._resumed = None
 
     @inline
     def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
@@ -254,18 +252,17 @@ class SWA(AveragedWeights):
             {name: value for name, value in one.state_dict().items() if not callable(value)} for one in self._schedulers
         ]
         numbers = {"epoch": self._epoch, "averaged_at": self._averaged_at, "fresh_at": self._fresh_at}
-        return super().state_dict() | numbers | {"schedulers": schedulers or None}
+        return super().state_dict() | numbers | {"schedulers": schedulers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         super().load_state_dict(state)
         self._epoch, self._averaged_at, self._fresh_at = (state[name] for name in _NUMBERS)
-        self._saved = state["schedulers"]
-        self._is_restored = True
+        self._resumed = state["schedulers"]
 
     def _is_sound(self, state: dict[str, Any]) -> bool:
         numbers = all(type(state[name]) is int for name in _NUMBERS)
-        return super()._is_sound(state) and numbers and isinstance(state["schedulers"], list | None)
+        return super()._is_sound(state) and numbers and isinstance(state["schedulers"], list)
 
 
 class _Normalised(nn.Module):

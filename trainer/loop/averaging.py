@@ -126,7 +126,7 @@ class Averaging:
         """Training has ended: warn of callbacks that have averaged nothing."""
         for one, average in self._of_run():
             if not average.steps:
-                logger.warning(f"{one.state_key} has averaged nothing, because the run ended before its first step")
+                logger.warning(f"{one.state_key} has averaged nothing, because the run ended before it started")
 
     def saved(self, module: Any) -> dict[str, Any]:
         """The module's state as part of a checkpoint, with a second one that has the averaged weights.
