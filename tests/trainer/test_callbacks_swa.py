@@ -17,10 +17,12 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.optim.swa_utils import SWALR, AveragedModel, get_swa_multi_avg_fn, update_bn
 from torchmetrics import SumMetric
 
-from events.messages import TrainStepEnded, ValEpochEnded
+from events.messages import CheckpointSaved, TrainStepEnded, ValEpochEnded, ValEpochStarted
+from events.protocol import Checkpoint
 from trainer import Checkpoints
 from trainer.callbacks import SWA
 from trainer.errors import ContractError
+from trainer.loop.control import Control
 
 EACH_STEP = Checkpoints(every_minutes=None, every_steps=1, when_busy="wait", keep_last=None)
 
@@ -216,6 +218,44 @@ def test_a_second_run_starts_anew() -> None:
     assert swa.steps == 2
 
 
+def test_a_checkpoint_within_the_pass_for_batch_norms_holds_the_trained_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the pass continues with what it had computed."""
+    controls: list[Control] = []
+    make = Control.__init__
+
+    def keep(control: Control) -> None:
+        make(control)
+        controls.append(control)
+
+    monkeypatch.setattr(Control, "__init__", keep)
+
+    def attempt(folder: str, *, asks: bool) -> Any:
+        calls: list[int] = []
+
+        def step(net: Net, global_step: int, batch: Batch) -> Any:
+            if not torch.is_grad_enabled():
+                calls.append(global_step)
+                if asks and len(calls) == 2:
+                    controls[-1].send(Checkpoint(id="now"))
+            return net.forward_loss(batch)
+
+        net = Normed(train_step=step)
+        swa = SWA(net, start_epoch=0)
+        settings = Checkpoints(every_minutes=None, when_busy="wait", keep_last=None)
+        return swa, train(net, callbacks=[swa], epochs=1, seed=0, run_dir=tmp_path / folder, checkpoints=settings)
+
+    (swa, _), (other, outcome) = attempt("whole", asks=False), attempt("asked", asks=True)
+    assert all(map(torch.equal, other.weights().values(), swa.weights().values()))
+    staged, end = (event.checkpoint for event in outcome.of(CheckpointSaved))
+    folder = tmp_path / "asked/checkpoints"
+    within, after = (load_file(folder / name / "tensors.safetensors") for name in (staged, end))
+    names = [name for name in after if name.startswith("module.")]
+    assert "module.net.1.running_mean" in names
+    assert all(torch.equal(within[name], after[name]) for name in names)
+
+
 @pytest.mark.parametrize(
     ("options", "every", "stops"),
     [
@@ -266,5 +306,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         assert all(map(torch.equal, average.weights().values(), swa.weights().values()))
         found = [stopped, rest]
         assert {event.global_step: event.loss for one in found for event in one.of(ValEpochEnded)} == losses
+        assert [event.global_step for one in found for event in one.of(ValEpochStarted)] == list(losses)
         rates = {event.global_step: event.lr for one in found for event in one.of(TrainStepEnded)}
         assert rates == {event.global_step: event.lr for event in outcome.of(TrainStepEnded)}
