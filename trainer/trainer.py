@@ -177,6 +177,7 @@ class Trainer:
 
         The validation hooks of the module and the callbacks run; nothing is judged, and no checkpoint is taken. With
         ``resume`` or ``init_from``, the weights are those of that checkpoint: ``resume="best"`` validates the best one.
+        They are the averaged ones if its run has validated these, or as a given callback (`EMA`, `SWA`) chooses.
 
         Returns:
             The metrics by name: ``val_loss``, and all that was logged; those of a dataloader with a key end with it.
