@@ -13,7 +13,7 @@ import os
 import ssl
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from nats.aio.client import Client
@@ -41,13 +41,9 @@ T = TypeVar("T")
 
 
 class NatsClient:
-    """One connection, from the constructor to `close`. Methods without ``async`` may be called from any other thread.
+    """One connection, from `connect` to `close`. Methods without ``async`` may be called from any other thread.
 
     The ``async`` ones belong to its event loop: hand them to `call` or `submit`.
-
-    Raises:
-        ConnectionError: Nothing answers there.
-        SinkMisconfigured: The server refuses the credentials or the certificate, or a file cannot be read.
     """
 
     def __init__(self, address: NatsAddress) -> None:
@@ -56,16 +52,22 @@ class NatsClient:
         """Called in the event loop when the connection has ended."""
         self.problem = ""
         """The newest problem that the server has reported without being asked."""
-        self._nats = Client()
+        self._nats = _Client()
         self._begun: Future[asyncio.AbstractEventLoop] = Future()
         self._thread = threading.Thread(target=in_this_run(self._run), name="stagecast-nats", daemon=True)
         self._thread.start()
         self._loop = self._begun.result()
+
+    @classmethod
+    def connected(cls, address: NatsAddress) -> NatsClient:
+        """Return a client that is connected. Raises as `connect`."""
+        client = cls(address)
         try:
-            self.call(self._connect(), CONNECT_S + 1)
+            client.call(client.connect(), CONNECT_S + 1)
         except BaseException:
-            self.close()
+            client.close()
             raise
+        return client
 
     def _run(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
@@ -73,12 +75,22 @@ class NatsClient:
 
     async def _live(self) -> None:
         self._ended = asyncio.Event()
+        # Such as the failure of a call that was cancelled meanwhile. The end of the connection is reported anyway.
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
         self._begun.set_result(asyncio.get_running_loop())
         await self._ended.wait()  # then `asyncio.run` cancels all that nats-py has left
 
-    async def _connect(self) -> None:
+    async def connect(self) -> None:
+        """Connect. Close the client if this raises.
+
+        Raises:
+            ConnectionError: Nothing answers there.
+            SinkMisconfigured: The server refuses the credentials or the certificate, or a file cannot be used.
+        """
         address = self.address
-        options: dict[str, Any] = {"tls": _tls(address)} if address.ca or address.server.startswith("tls://") else {}
+        options: dict[str, Any] = {}
+        if address.ca or address.server.startswith("tls://"):
+            self._nats.required = options["tls"] = _tls(address)
         options |= {"user": address.user, "password": address.password} if address.password else {}
         options |= {"token": address.token} if address.token else {}
         if address.creds:
@@ -131,6 +143,8 @@ class NatsClient:
         except TimeoutError:
             future.cancel()
             raise ConnectionError(f"the NATS server at {self.address.server} does not answer") from None
+        except CancelledError:
+            raise ConnectionError("the connection was closed") from None
 
     @property
     def is_lost(self) -> bool:
@@ -198,6 +212,11 @@ class NatsClient:
             return None
         return found.seq or 0, found.data or b""
 
+    async def subjects(self, stream: str) -> list[str]:
+        """The subjects of all events in the stream, of which there are some for each run."""
+        info = await self.asked(self._nats.jsm().stream_info(stream, subjects_filter=self.address.all_events))
+        return list(info.state.subjects or ())
+
     async def request(self, subject: str, data: bytes, timeout_s: float) -> bytes | None:
         """Send a request; None if nobody serves the subject. Raises `ConnectionError` if no answer comes."""
         try:
@@ -236,15 +255,22 @@ class Messages:
         except TimeoutError:
             return []
         except (Error, OSError) as error:
-            self._subscription = None
+            await self.close()
             raise ConnectionError(f"the NATS server at {self._client.address.server}: {_reason(error)}") from None
         except BaseException:  # cancelled: messages of a request under way would arrive at the next
-            self._subscription = None
+            await self.close()
             raise
         kept = [message for message in found if message.metadata.sequence.stream >= self.next]
         if kept:
             self.next = kept[-1].metadata.sequence.stream + 1
         return kept
+
+    async def close(self) -> None:
+        """Stop reading. The server removes its consumer some minutes later."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            with contextlib.suppress(Error):
+                await subscription.unsubscribe()
 
     async def _subscribe(self) -> Any:
         config = ConsumerConfig(
@@ -257,9 +283,35 @@ class Messages:
         return await self._client.core.jetstream().pull_subscribe(self._subject, stream=self._stream, config=config)
 
 
-def _tls(address: NatsAddress) -> ssl.SSLContext:
+class _Context(ssl.SSLContext):
+    """Knows whether it was used."""
+
+    is_used = False
+
+    def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+        self.is_used = True
+        return super().wrap_bio(*args, **kwargs)
+
+
+class _Client(Client):
+    """Sends no credentials in the clear: nats-py asks the server whether to use TLS, and anyone may answer."""
+
+    required: _Context | None = None
+
+    def _connect_command(self) -> bytes:
+        if self.required is not None and not self.required.is_used:
+            raise Error("certificate missing: the server does not offer TLS")
+        return super()._connect_command()
+
+
+def _tls(address: NatsAddress) -> _Context:
+    context = _Context(ssl.PROTOCOL_TLS_CLIENT)  # which checks the certificate and its name
     try:
-        return ssl.create_default_context(cafile=address.ca or None)
+        if address.ca:
+            context.load_verify_locations(address.ca)
+        else:
+            context.load_default_certs()
+        return context
     except (OSError, ValueError) as error:
         reason = plain_text(str(error))
         raise SinkMisconfigured(f"ca={address.ca} cannot be used: {reason}; give a certificate in PEM form") from None

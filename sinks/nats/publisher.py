@@ -125,7 +125,7 @@ class Publisher:
 
     def _connect(self) -> NatsClient:
         self.close()
-        client = NatsClient(self._address)
+        client = NatsClient.connected(self._address)
         try:
             client.call(self._prepare(client), 3 * ANSWER_S)
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +70,7 @@ def events_of(server: NatsServer, run_id: str) -> list[Event]:
 
 def admin(server: NatsServer, work: Callable[[Any], Any]) -> Any:
     """Run a coroutine with nats-py's JetStream manager."""
-    client = NatsClient(NatsAddress.of(server.url))
+    client = NatsClient.connected(NatsAddress.of(server.url))
     try:
         return client.call(work(client.core.jsm()), 10)
     finally:
@@ -346,6 +347,30 @@ def test_tokens_and_passwords_reach_the_server_and_no_message(start: Callable[..
         assert "guess" not in str(caught.value) + repr(NATS(wrong)) + repr(list(NATS(wrong).__rich_repr__()))
 
 
+def test_a_server_without_tls_gets_no_token_that_was_meant_for_one_with_tls() -> None:
+    """Whoever answers in its place could say that TLS is not needed, and nats-py would believe it."""
+    said = bytearray()
+
+    def answer(listening: socket.socket) -> None:
+        for _ in range(2):
+            peer, _ = listening.accept()
+            with peer:
+                peer.sendall(b'INFO {"server_id":"x","version":"2.9.10","max_payload":9,"auth_required":true}\r\n')
+                while data := peer.recv(4_096):
+                    said.extend(data)
+                    if b"PING" in data:
+                        peer.sendall(b"PONG\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=answer, args=(listening,), daemon=True).start()
+        host = f"s3cret@127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(SinkMisconfigured, match="the server does not offer TLS"):
+            NATS(f"tls://{host}").open(RunInfo("demo"))
+        assert b"s3cret" not in said
+        NatsClient.connected(NatsAddress.of(f"nats://{host}")).close()  # as far as it was meant for that
+        assert b"s3cret" in said
+
+
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
@@ -380,7 +405,7 @@ def test_commands_reach_the_run_if_the_sink_takes_them(shared: NatsServer, tmp_p
         def send(self, command: Any) -> None:
             taken.append(command)
 
-    client = NatsClient(address)
+    client = NatsClient.connected(address)
 
     def ask(data: bytes) -> Any:
         answer = client.call(client.request(address.commands("my.run"), data, 5.0))
@@ -462,7 +487,7 @@ def test_messages_that_are_not_of_the_run_are_skipped_with_one_warning(caplog: p
 
 def test_a_call_to_a_closed_client_fails_at_once(shared: NatsServer) -> None:
     """On whichever thread; closing twice is harmless."""
-    client = NatsClient(NatsAddress.of(shared.url))
+    client = NatsClient.connected(NatsAddress.of(shared.url))
     waiting = client.submit(asyncio.sleep(60))
     closing = threading.Thread(target=client.close)
     closing.start()

@@ -93,17 +93,16 @@ class NatsServer:
         self._process.send_signal(signal.SIGCONT)
 
     def stored(self, run_id: str, url: str | None = None) -> list[bytes]:
-        """The messages of a run in the stream, in order."""
-        client = NatsClient(address := NatsAddress.of(url or self.url))
+        """The messages of a run that are in the stream now, in order."""
+        client = NatsClient.connected(address := NatsAddress.of(url or self.url))
 
         async def read() -> list[bytes]:
             found: list[bytes] = []
             if (stream := await client.stream()) is not None:
-                if await client.last(stream, address.events(run_id)) is None:
-                    return []
+                newest = await client.last(stream, address.events(run_id))
                 messages = Messages(client, stream, address.events(run_id), 1)
-                while batch := await messages.read(0.2):
-                    found += [message.data for message in batch]
+                while newest is not None and messages.next <= newest[0]:
+                    found += [message.data for message in await messages.read(1.0)]
             return found
 
         try:

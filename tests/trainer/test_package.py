@@ -215,6 +215,7 @@ ADAPTERS = {
     "sinks/trackers/otlp_export.py",
     "trainer/remote/address.py",
     "trainer/remote/http.py",
+    "trainer/remote/nats.py",
     "trainer/examples/service.py",
 }
 """Modules around a client, which are imported when it is needed."""

@@ -1,4 +1,4 @@
-"""Watching and steering a run over the network, through whatever serves it: `sinks.live`.
+"""Watching and steering a run over the network, through whatever serves it: `sinks.live`, or NATS.
 
 Events come from the run's journal by cursor (`trainer.remote.follower`): a connection that breaks is made again where
 it broke, so that no event is missed or repeated. Commands are posted one after another, by one task.
@@ -32,7 +32,9 @@ from trainer.remote.address import PageAddress, token_of_environment
 from trainer.remote.follower import JournalFollower
 from trainer.remote.http import Patience, RunServer, Unreachable
 from trainer.remote.result import LOOK_BACK, UNDER_WAY, ResultBuilder, RunSnapshot
+from trainer.remote.source import RunSource
 
+_NATS_SCHEMES = ("nats://", "tls://")
 _NOT_UNDER_WAY = 409
 _LEAVE_S = 2.0
 """Maximum seconds to send the commands of a block that was left by an exception."""
@@ -59,12 +61,16 @@ def connect(
     The result is built from the events: it has no ``observers`` and no ``run_dir``, and its ``checkpoint`` is a path on
     the run's machine.
 
+    Through NATS the run is that of a sink `NATS`, and `Run.result` reads all of its events in the stream. A run is lost
+    when no event has come and no sink has answered for half a minute.
+
     The server is not trusted. Its answers are limited in size and time, its texts are escaped in messages, and it
     cannot redirect to another server. A token is sent to the server that it belongs to, and to no other.
 
     Args:
         url: Of the page, with the run's name unless the server has only one run: ``http://.../#run=ID``. The printed
-            link with its token, ``.../#token=...&run=ID``. Or the folder of a run with the sink `Live`.
+            link with its token, ``.../#token=...&run=ID``. Or the folder of a run with the sink `Live`. Or that of a
+            NATS server, ``nats://HOST/ID`` or ``tls://HOST/ID``, with the options of the sink `NATS`.
         run_id: Replaces the run's name in the address.
         token: The token for this server. None: that of the address, else that of the environment variable
             ``STAGECAST_TOKEN``, which belongs to the server that ``STAGECAST_URL`` names (scheme, host and port), or
@@ -83,25 +89,30 @@ def connect(
     """
     if run_id is not None and not (isinstance(run_id, str) and is_encodable(run_id)):
         raise ConnectError(f"run_id must be the name of a run, not {run_id!r:.80}")
+    if not (isinstance(give_up_s, int | float) and give_up_s >= 0):
+        raise ConnectError(f"give_up_s={give_up_s!r}: give a number of seconds, 0 to disable retries")
+    if isinstance(url, str) and url.lower().startswith(_NATS_SCHEMES):
+        from trainer.remote.nats import NatsServer, address_of  # needs nats
+
+        return _ConnectContext(functools.partial(NatsServer, address_of(url, run_id, token), give_up_s))
     page, withheld = PageAddress.of(url), ""
     token = page.token if token is None else token
     if token is None:
         token, withheld = token_of_environment(page.url, is_of_folder=page.is_of_folder)
     if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
         raise ConnectError("the token has characters that no header can hold; give printable ASCII")
-    if not (isinstance(give_up_s, int | float) and give_up_s >= 0):
-        raise ConnectError(f"give_up_s={give_up_s!r}: give a number of seconds, 0 to disable retries")
-    return _ConnectContext(page.url, run_id or page.run_id, token, give_up_s, withheld)
+    server = page.url, run_id or page.run_id, token, give_up_s, withheld
+    return _ConnectContext(functools.partial(RunServer, *server))
 
 
 class _ConnectContext(AbstractAsyncContextManager[Run]):
     """The life of a connection inside a task."""
 
-    def __init__(self, url: str, run_id: str, token: str | None, give_up_s: float, withheld: str) -> None:
-        self._given = url, run_id, token, give_up_s, withheld
+    def __init__(self, make_server: Callable[[], RunSource]) -> None:
+        self._make_server = make_server
 
     async def __aenter__(self) -> Run:
-        server = RunServer(*self._given)
+        server = self._make_server()
         try:
             known = await _find(server)
         except BaseException:
@@ -132,7 +143,7 @@ class _ConnectContext(AbstractAsyncContextManager[Run]):
 
 
 class NetworkConnection:
-    """The run protocol over HTTP.
+    """The run protocol over the network.
 
     One task posts commands, and asks for the cursor of each stream that begins between them.
 
@@ -140,7 +151,7 @@ class NetworkConnection:
         known: The run when the block was entered.
     """
 
-    def __init__(self, server: RunServer, known: RunSnapshot) -> None:
+    def __init__(self, server: RunSource, known: RunSnapshot) -> None:
         self.unreported: ConnectError | None = None
         """Why a command failed, until this has been raised."""
         self.sent = anyio.Event()
@@ -187,7 +198,7 @@ class NetworkConnection:
     async def result(self) -> RunResult:
         async with self._folding:  # of several tasks that wait, one folds for all
             if self._folded is None:
-                self._folded = self._follow(max(0, self._known.cursor - LOOK_BACK))
+                self._folded = self._follow(max(0, self._known.cursor - LOOK_BACK) if self._server.summarises else 0)
             follower = self._folded
             with contextlib.suppress(anyio.EndOfStream):
                 while not follower.ended:
@@ -344,7 +355,7 @@ class NetworkEventStream(BatchedStream):
         await self._connection.close(self._follower)
 
 
-async def _find(server: RunServer) -> RunSnapshot:
+async def _find(server: RunSource) -> RunSnapshot:
     try:
         if not server.run_id:
             await server.choose()

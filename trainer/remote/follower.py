@@ -1,4 +1,4 @@
-"""The journal of a run, followed by cursor over HTTP, over as many connections as it takes.
+"""The journal of a run, followed by cursor over the network, over as many connections as it takes.
 
 The server is not trusted: every line is limited in size and time, and must be the next event of the run.
 """
@@ -16,8 +16,9 @@ from events.messages import Event, RunEnded, RunStarted, UnknownEvent
 from events.text import plain_text
 from events.wire import decode_json
 from trainer.errors import ConnectionLost
-from trainer.remote.http import FAILURES, Answer, Patience, RunServer, Unreachable, described
+from trainer.remote.http import FAILURES, Patience, Unreachable, described
 from trainer.remote.result import MOST_SEQ, UNDER_WAY
+from trainer.remote.source import JournalLines, RunSource
 
 _LINE_S = 60.0
 """Maximum seconds between the first and the last byte of a journal's line."""
@@ -37,7 +38,7 @@ class JournalFollower:
         since: Events with a greater ``seq`` are returned. None: `begin_at` sets the cursor later.
     """
 
-    def __init__(self, server: RunServer, since: int | None) -> None:
+    def __init__(self, server: RunSource, since: int | None) -> None:
         self.ended = False
         """Whether the run's last event was returned, or the follower was closed."""
         self._server = server
@@ -47,7 +48,7 @@ class JournalFollower:
             self._begun.set()
         self._problem: Exception | None = None
         self._patience = Patience(server)
-        self._answer: Answer | None = None
+        self._answer: JournalLines | None = None
         self._connected = 0.0  # when, by time.monotonic
         self._line = bytearray()  # the beginning of one
         self._line_since = 0.0

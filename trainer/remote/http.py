@@ -27,6 +27,7 @@ from events.text import plain_text
 from trainer.errors import ConnectError, ConnectionLost, ProtocolViolated
 from trainer.remote.address import ServerOrigin
 from trainer.remote.result import RunSnapshot
+from trainer.remote.source import RunSource
 
 _CONNECT_S = 5.0
 _SILENCE_S = 15.0
@@ -97,7 +98,7 @@ class _Body(httpx.AsyncByteStream):
 
 
 class RunServer:
-    """Asks the server at an address. Belongs to one event loop.
+    """Asks the server at an address. Belongs to one event loop. A `trainer.remote.source.RunSource`.
 
     Args:
         url: Where its page is, with a slash at its end.
@@ -109,6 +110,8 @@ class RunServer:
     Raises:
         ConnectError: The environment names a proxy that cannot be used.
     """
+
+    summarises = True
 
     def __init__(self, url: str, run_id: str, token: str | None, give_up_s: float, withheld: str = "") -> None:
         address = httpx.URL(url)
@@ -271,7 +274,7 @@ class RunServer:
 class Patience:
     """How often, and for how long, a server is tried again. A success restarts both."""
 
-    def __init__(self, server: RunServer) -> None:
+    def __init__(self, server: RunSource) -> None:
         self._server = server
         self.reset()
 
