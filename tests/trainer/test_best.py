@@ -28,6 +28,7 @@ from events.errors import CheckpointNotFound
 from events.messages import CheckpointFailed, CheckpointRejected, RunResumed, WeightsSaved
 from sinks.checkpoints.writer import CheckpointWriter
 from trainer import Checkpoints
+from trainer.callbacks import EMA
 from trainer.loop.checkpointing import Checkpointing
 
 EXAMPLES = 200 if os.environ.get("STAGECAST_FAULTS") == "full" else 25
@@ -304,6 +305,20 @@ def test_the_best_weights_fall_back_with_a_warning(tmp_path: Path, caplog: pytes
     assert not (tmp_path / "none" / "weights.safetensors").exists()
     (event,) = outcome.of(CheckpointFailed)
     assert "has the metric 'score'; log it in a validation, or use weights='last'" in event.error
+
+
+def test_the_best_weights_are_the_averaged_ones_that_were_validated(tmp_path: Path) -> None:
+    module = Scored(2.0, 1.0, 3.0)
+    ema = EMA(module, decay=0.5, validate=True)
+    averages: list[dict[str, torch.Tensor]] = []
+    module.act = lambda step: averages.append(ema.weights()) if step == 3 else None
+    run: dict[str, Any] = {"epochs": 3, "run_id": "r", "run_dir": tmp_path, "checkpoints": Checkpoints(**BEST)}
+    outcome = training.train(module, callbacks=[ema], **run)
+    (event,) = outcome.of(WeightsSaved)
+    assert event.checkpoint == "step-2.a1"
+    found = load_file(event.path)
+    assert found.keys() == averages[0].keys()
+    assert all(torch.equal(found[name], averages[0][name]) for name in found)
 
 
 @pytest.mark.parametrize(("options", "why"), [({}, "set best, such as"), ({"weights": True}, "use 'last' or 'best'")])
