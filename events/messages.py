@@ -148,7 +148,7 @@ class TrainStepEnded(Event, frozen=True, gc=False, tag=True):
     """The step's weight in means, if the module has a ``batch_weight``; None: its rows."""
 
     droppable: ClassVar[bool] = True
-    deferred: ClassVar[tuple[str, ...]] = ("loss", "lr", "grad_norm", "non_finite_gradient")
+    deferred: ClassVar[tuple[str, ...]] = ("loss", "lr", "grad_norm", "non_finite_gradient", "weight")
 
 
 class BackwardEnded(Event, frozen=True, gc=False, tag=True):

@@ -126,6 +126,10 @@ class Delivery(Strict, frozen=True, kw_only=True):
     interpreter. There it reads the journal and misses nothing: ``overflow`` and ``capacity`` do not apply. None: the
     trainer's ``sinks_in``."""
 
+    ranks: Literal["first", "all"] = "first"
+    """Of a callback in a run of several ranks: where its hooks run that the loop does not wait for. ``first``: on rank
+    0. ``all``: on each. Sinks are on rank 0."""
+
     def __post_init__(self) -> None:
         # A Struct's constructor does not validate; only decoding does.
         if not (self.types is None or (isinstance(self.types, frozenset) and all(map(_is_event_type, self.types)))):

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from events.strict import Strict
 from trainer.config import check_struct, decode, load_config
+from trainer.distributed.options import Ddp, StrategyName
 from trainer.errors import ArgumentsError
 from trainer.peers import ARGUMENTS, TRAINER_ARGUMENTS
 
@@ -63,6 +64,11 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
     """Seeds Python, NumPy, torch and the shuffling. None: nothing is seeded."""
     device: Annotated[str, Meta(min_length=1)] = "auto"
     """The device to train on. 'auto' selects an accelerator if there is one, else the CPU."""
+    strategy: StrategyName | Ddp = "auto"
+    """How the processes that torchrun starts train together: 'ddp', or Ddp(...) with its options. 'single' trains in
+    each process for itself. 'auto' is 'ddp' if there are several processes, else 'single'."""
+    collective_timeout_s: Annotated[float, Meta(gt=0)] = 600.0
+    """Maximum seconds that a rank waits for the others, when they join and in each exchange with them."""
     precision: PrecisionName = "float32"
     """Automatic mixed precision; float32 disables it, float16 scales the loss."""
     compile: bool = False
@@ -179,6 +185,28 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         """Micro-batches of each optimizer step of an epoch; None if they change with the step."""
         by_step = self.batch_size_schedule and self.batch_size_interval == "step"
         return None if by_step else self.accumulation_of(epoch, 0)
+
+    def of_rank(self, world_size: int) -> TrainerArguments:
+        """Return the arguments with the rows of one rank in each step.
+
+        Raises:
+            ArgumentsError: A batch cannot be divided among the ranks; names the nearest sizes that can.
+        """
+        if world_size == 1:
+            return self
+        for name, total in (
+            ("train_batch_size", self.train_batch_size),
+            *((f"batch_size_schedule.{start}", total) for start, total in self.batch_size_schedule.items()),
+        ):
+            if total % world_size:
+                below = total - total % world_size
+                near = " or ".join(str(one) for one in (below, below + world_size) if one)
+                raise ArgumentsError(f"{name}={total} cannot be divided among {world_size} ranks; set it to {near}")
+        return msgspec.structs.replace(
+            self,
+            train_batch_size=self.train_batch_size // world_size,
+            batch_size_schedule={start: total // world_size for start, total in self.batch_size_schedule.items()},
+        )
 
     @property
     def micro_batch_size(self) -> int:

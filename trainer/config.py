@@ -229,9 +229,10 @@ def _convert_fields(
 
 
 def _convert(value: object, expected: object, path: str, problems: list[str]) -> Any:
-    inner = _struct_of(expected)
-    if inner is not None and isinstance(value, Mapping):
+    structs = _structs_of(expected)
+    if structs and isinstance(value, Mapping):
         before = len(problems)
+        inner, value = _chosen(structs, value, path, problems)
         parts = _convert_fields(inner, value, f"{path}.", problems)
         if len(problems) > before:
             return None
@@ -254,14 +255,29 @@ def _convert(value: object, expected: object, path: str, problems: list[str]) ->
     return None
 
 
-def _struct_of(kind: object) -> type[msgspec.Struct] | None:
-    """The Struct type of a field, optional or not; None for other types and for unions of several Structs."""
+def _structs_of(kind: object) -> list[type[msgspec.Struct]]:
+    """The Struct types of a field, optional or not: one, or several with tags."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        return kind
+        return [kind]
     if get_origin(kind) not in (Annotated, Union, UnionType):
-        return None
-    found = [struct for struct in map(_struct_of, get_args(kind)) if struct is not None]
-    return found[0] if len(found) == 1 else None
+        return []
+    return [struct for one in get_args(kind) for struct in _structs_of(one)]
+
+
+def _chosen(
+    structs: list[type[msgspec.Struct]], value: Mapping[str, object], path: str, problems: list[str]
+) -> tuple[type[msgspec.Struct], Mapping[str, object]]:
+    """The Struct that a mapping names by its tag, and the mapping without the tag; without one, the first Struct."""
+    tags = {struct.__struct_config__.tag: struct for struct in structs}
+    field = structs[0].__struct_config__.tag_field
+    if field is None or field not in value:
+        return structs[0], value
+    tag = value[field]
+    named = tags.get(tag) if isinstance(tag, str) else None
+    if named is None:
+        known = ", ".join(map(repr, tags))
+        problems.append(f"{path}.{field} = {reprlib.repr(tag)}: must be one of {known}")
+    return named or structs[0], {name: one for name, one in value.items() if name != field}
 
 
 # ------------------------------------------------------------------------------------------------- words

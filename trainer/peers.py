@@ -166,7 +166,6 @@ ARGUMENTS: Mapping[str, str] = _inverted(
         "seed": "random_seed data_seed",
         "set it in get_train_dataloader": "dataloader_num_workers num_workers",
         "call torch.autograd.set_detect_anomaly(True) yourself": "detect_anomaly",
-        "one process trains on one device": "strategy",
         "give the Trainer callbacks=[trainer.callbacks.Profiler()]": "profiler",
         "give the Trainer sinks=[...] without the console": "enable_progress_bar disable_tqdm",
     }

@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from pathlib import Path
@@ -27,6 +27,7 @@ from trainer.arguments import TrainerArguments, trainer_aliases
 from trainer.checkpoint.fetch import KEYWORDS
 from trainer.checkpoint.init_from import InitFrom
 from trainer.checkpoint.resume import CheckpointPlan
+from trainer.distributed.world import World, opened
 from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
 from trainer.hooks.hooks import TaskName
 from trainer.loop.control import Control
@@ -46,7 +47,7 @@ from trainer.run.context import RunContext
 from trainer.run.observers import Callback, SinkLike, split
 from trainer.run.place import RunPlace
 from trainer.run.record import RunRecord, factory_config, plain_config
-from trainer.run.session import Session, console, new_run_id
+from trainer.run.session import Session, console, in_turn, new_run_id
 
 _ALIASES = trainer_aliases("set {} in TrainerArguments")
 
@@ -229,16 +230,16 @@ class Trainer:
     def _run_here(self, task: TaskName, control: Control | None = None) -> tuple[Session, RunResult]:
         on_main_thread = threading.current_thread() is threading.main_thread()
         control = control or Control()
-        place = self._place()
-        if place.is_remote:
-            interruptibly(place.fetch)
-        sinks = self._sinks_here((console(),))
-        try:
-            session = run_here(
-                lambda: self._session(task, control, place, sinks, interactive=on_main_thread, on_stderr=True), control
-            )
-        finally:
-            flush_stderr()  # before the output of the caller
+        with opened(self.arguments) as world:
+            place = self._place_of(world, interruptibly)
+            sinks = self._sinks_here((console(),)) if world.leads else []
+            try:
+                session = run_here(
+                    lambda: self._session(task, control, place, sinks, interactive=on_main_thread, on_stderr=True),
+                    control,
+                )
+            finally:
+                flush_stderr()  # before the output of the caller
         try:
             result = session.outcome()
         except BaseException:
@@ -247,6 +248,23 @@ class Trainer:
         if control.stopped_by is not None:
             raise RunInterrupted(result) if control.stopped_by == "SIGINT" else RunTerminated(result)
         return session, result
+
+    def _place_of(self, world: World, wait_for: Callable[[Callable[[], None]], object]) -> RunPlace:
+        """Choose the folder, and fetch the checkpoint to resume from: on rank 0, for all ranks."""
+
+        def choose() -> RunPlace | None:
+            place = self._place() if world.leads else None
+            if place is not None and place.is_remote:
+                wait_for(place.fetch)
+            return place
+
+        place = world.together(choose)
+        chosen = world.share(place.chosen if place is not None else None)
+        if place is None:
+            assert chosen is not None
+            place = RunPlace(*chosen)
+        place.world = world
+        return place
 
     @collects
     def _place(self) -> RunPlace:
@@ -303,7 +321,7 @@ class Trainer:
         interactive: bool,
         on_stderr: bool,
     ) -> Session:
-        with collecting([*self._warned, *place.warned]):
+        def make() -> Session:
             return Session(
                 self.module,
                 self.arguments,
@@ -318,6 +336,9 @@ class Trainer:
                 sinks_in=self._sinks_in,
                 record=RunRecord(type(self.module), self._config, self._command_line),
             )
+
+        with collecting([*self._warned, *place.warned]):
+            return make() if place.world.size == 1 else in_turn(make, place)
 
 
 def _whole(what: str, result: RunResult) -> RunResult:

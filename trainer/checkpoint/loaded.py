@@ -14,10 +14,11 @@ from events.checkpoint.weights import first_of
 from events.errors import CheckpointDamaged, CheckpointMismatch
 from events.log import logger
 from trainer.checkpoint.fit import check_fits, own_loading_prefixes, takes_state_by_default
-from trainer.checkpoint.position import SAVED_FIELDS, Position, SavedCallback, SavedState
+from trainer.checkpoint.position import RANK_FIELDS, SAVED_FIELDS, Position, SavedCallback, SavedState
 from trainer.data.rng import RngState
 from trainer.data.tensor_state import put_together
 from trainer.data.tensors import clone_tensors
+from trainer.distributed.sharding import seed_for
 from trainer.hooks.hooks import CallbackHooks
 from trainer.module_interface import ModuleInterface
 
@@ -80,6 +81,34 @@ class Loaded:
     def epoch(self) -> int:
         """The current epoch, or the next one between two."""
         return int(self.state["epoch"])
+
+    def become(self, rank: int, world_size: int, fresh_rng: Callable[[int], RngState]) -> None:
+        """Replace what is rank 0's own by another rank's. After `restore_module`, on every rank of a run.
+
+        Args:
+            fresh_rng: Returns the random generators for a seed, for a rank that the checkpoint does not know.
+
+        Raises:
+            CheckpointMismatch: The dataloader's own state belongs to another number of ranks.
+        """
+        ranks = {name: self.parts.pop(name) for name in list(self.parts) if name.startswith("rank-")}
+        position = self.state["position"]
+        before = position.get("world_size", 1)
+        if before == world_size:
+            own = ranks.get(f"rank-{rank}") if rank else None
+            if own is not None:  # None, too, where that rank had not sent its own in time
+                self.state["rng"] = own["rng"]
+                position.update(own["position"])
+            if own is not None or not rank:
+                return
+        if position["loader_state"] is not None and before != world_size:
+            raise CheckpointMismatch(
+                f"{self.folder} holds the dataloader's own state for {before} ranks, which does not fit {world_size};"
+                f" resume with {before}, or from a checkpoint without it"
+            )
+        if rank:
+            position.update(dict.fromkeys(RANK_FIELDS))
+            self.state["rng"] = fresh_rng(seed_for(position["sampler_seed"], rank, self.global_step))
 
     def _kept(self, name: str) -> Any:
         """Return a copy of an entry of the state: an original tensor would keep the whole file in memory."""

@@ -54,7 +54,9 @@ class Position(msgspec.Struct):
     began: float = 0.0
     """``time.monotonic`` at which this attempt started the epoch; valid in this process only."""
     batching: tuple[int, int] | None = None
-    """Rows of a micro-batch, and micro-batches of a step, at the start of this epoch."""
+    """Rows of a micro-batch, and micro-batches of a step on each rank, at the start of this epoch."""
+    world_size: int = 1
+    """Ranks that shared the data of this epoch."""
     generators_at_iter: list[torch.Tensor] | None = None
     """States of the dataloader's generators (`generators_of` in `trainer.data.loaders`) before its iteration, or after
     the end of its data."""
@@ -76,6 +78,9 @@ class Position(msgspec.Struct):
 
 SAVED_FIELDS = tuple(name for name in Position.__struct_fields__ if name not in ("began", "rng_at_validation"))
 """The fields that a checkpoint holds."""
+
+RANK_FIELDS = ("loader_state", "generators_at_iter", "rng_at_val_loaders", "rng_at_loader", "rng_at_iter")
+"""The fields that differ between the ranks of a run."""
 
 
 class SavedCallback(msgspec.Struct):

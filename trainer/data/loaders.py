@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -24,6 +23,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from events.text import name_problem
 from events.tracebacks import chain_of, is_ours
+from trainer.distributed.sharding import WHOLE, Shard, seed_for
 from trainer.errors import DataLoaderError
 
 # ------------------------------------------------------------------------------------------------ samplers
@@ -44,6 +44,10 @@ class ShuffledSampler(Sampler[int]):
     """Number of leading indices to skip, because a resumed run has used them. The length does not change."""
     iterations: ClassVar[int] = 0
     """Number of iterations over instances of this class, in this process."""
+    shard: ClassVar[Shard] = WHOLE
+    """This rank's part of the order."""
+    drops: ClassVar[int] = 0
+    """Number of rows at the end of the order that the dataloader drops, on any rank."""
 
     def __init__(self, data_source: Sized) -> None:
         self.data_source = data_source
@@ -52,22 +56,52 @@ class ShuffledSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         type(self).iterations += 1
         # Hashed, because seed + epoch would give (0, 1) and (1, 0) the same order.
-        digest = hashlib.blake2b(f"{self.seed}:{self.epoch}".encode(), digest_size=8).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+        generator = torch.Generator("cpu").manual_seed(seed_for(self.seed, self.epoch))
         # On the host, not the program's default device: `tolist` and the step must not wait for a device.
         order = torch.randperm(len(self.data_source), generator=generator, device="cpu")
         skip, type(self).skip = self.skip, 0  # once, because the module may keep its loader for later epochs
-        yield from order[skip:].tolist()
+        yield from self.shard.take(order[skip : len(order) - self.drops].tolist())
 
     def __len__(self) -> int:
-        return len(self.data_source)
+        return self.shard.length(self.rows)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole order, over all ranks."""
+        return len(self.data_source) - self.drops
+
+
+class ShardedSampler(torch.utils.data.SequentialSampler):
+    """Yields this rank's part of the indices of a data set, in their order."""
+
+    shard: ClassVar[Shard] = WHOLE
+    drops: ClassVar[int] = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.shard.take(range(self.rows)))
+
+    def __len__(self) -> int:
+        return self.shard.length(self.rows)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole order, over all ranks."""
+        return len(self.data_source) - self.drops
+
+
+def sequential_sampler(shard: Shard) -> type[Sampler[int]]:
+    """Return the sampler class for validation and test data."""
+    if shard.world_size == 1:
+        return torch.utils.data.SequentialSampler
+    return type("ShardedSampler", (ShardedSampler,), {"shard": shard})
 
 
 def make_train_sampler(
-    seed: int, epoch: int | None, base: type[ShuffledSampler] = ShuffledSampler
+    seed: int, epoch: int | None, base: type[ShuffledSampler] = ShuffledSampler, shard: Shard = WHOLE
 ) -> type[ShuffledSampler]:
     """Create a sampler class for training data; ``epoch=None`` follows ``base.epoch``."""
-    own = {"seed": seed, "instances": 0, "skip": 0, "iterations": 0} | ({} if epoch is None else {"epoch": epoch})
+    own: dict[str, Any] = {"seed": seed, "instances": 0, "skip": 0, "iterations": 0, "shard": shard, "drops": 0}
+    own |= {} if epoch is None else {"epoch": epoch}
     return type("TrainSampler", (base,), own)
 
 
@@ -240,6 +274,15 @@ def batch_rows(loader: object, given: int) -> int:
     return own if isinstance(own, int) and own > 0 else given
 
 
+def fit_shard(loader: Any, sampler_cls: type[ShuffledSampler] | type[ShardedSampler]) -> None:
+    """Let a sampler that is shared among ranks know the batches of its dataloader: their rows, and those that it drops
+    at the end, of all ranks and not of one."""
+    if own_batches(loader, sampler_cls) is not None:
+        used, batches = type(loader.sampler), loader.batch_sampler
+        used.shard = used.shard._replace(block=batches.batch_size)
+        used.drops = len(loader.sampler.data_source) % batches.batch_size if batches.drop_last else 0
+
+
 def loader_length(loader: Iterable[object]) -> int | None:
     """``len()`` of a loader in batches; None if it has no length."""
     try:
@@ -284,7 +327,7 @@ def as_val_loaders(value: object, what: str = "get_val_dataloaders") -> dict[str
 
 
 def skip_batches(loader: Any, batches: int) -> bool:
-    """Start a dataloader after its first batches without reading them.
+    """Start a dataloader after its first batches, of each rank, without reading them.
 
     Returns:
         False if impossible: the loader is not torch's, or uses another sampler than the trainer's; it is unchanged.
@@ -294,7 +337,7 @@ def skip_batches(loader: Any, batches: int) -> bool:
     sampler_cls = type(loader.sampler)
     if sampler_cls.instances != 1:
         return False  # other loaders share the class, and would skip, too
-    sampler_cls.skip = batches * loader.batch_sampler.batch_size
+    sampler_cls.skip = batches * loader.batch_sampler.batch_size * sampler_cls.shard.world_size
     return True
 
 

@@ -72,6 +72,16 @@ def _check_numpy(name: object, key: Any, position: object, has_gauss: object, ga
         raise ValueError(f"{gauss!r:.80} is not a state of NumPy's generator")
 
 
+def seeded_rng(seed: int, device: torch.device) -> RngState:
+    """Return the states of generators with this seed; the generators themselves stay as they are."""
+    before = capture_rng(device)
+    try:
+        seed_everything(seed)
+        return capture_rng(device)
+    finally:
+        restore_rng(before, device)
+
+
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy (where it is installed) and torch, on every device."""
     random.seed(seed)

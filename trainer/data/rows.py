@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
@@ -14,6 +14,7 @@ from trainer.data.loaders import own_batches
 from trainer.data.tensors import parts_of
 from trainer.errors import BatchWeightError
 
+_Count = TypeVar("_Count", int, float)
 CountRows = Callable[[object, int], int | None]
 """Maps a batch and its index in the epoch to its rows; None if they cannot be counted."""
 
@@ -228,3 +229,15 @@ def no_weight(module: object, step: int) -> BatchWeightError:
         f"{type(module).__name__}.batch_weight() returned 0 for all of step {step}; remove such batches from the"
         f" dataloader"
     )
+
+
+def shares_of(weights: list[float | None]) -> list[float]:
+    """Return each micro-batch's part of its step: equal ones where a weight is not known, or all are 0."""
+    total = sum_of(weights)
+    return [(weight or 0) / total for weight in weights] if total else [1 / len(weights)] * len(weights)
+
+
+def sum_of(counts: Sequence[_Count | None]) -> _Count | None:
+    """Return the sum; None if one of them is not known."""
+    known = [count for count in counts if count is not None]
+    return sum(known[1:], known[0]) if known and len(known) == len(counts) else None

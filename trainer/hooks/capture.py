@@ -212,11 +212,16 @@ class EpochOutputs:
         """Number of steps whose outputs are kept."""
         self.nbytes = 0
         """Bytes kept so far."""
+        self.numbers: list[Any] = []
+        """With several ranks: the place of each step that is kept, in the order of all ranks."""
         self.shared = False
         """Whether several observers receive them; set at the epoch's end."""
 
-    def append(self, copy: Copy) -> None:
+    def append(self, copy: Copy, number: object = None) -> None:
         """Keep one step's outputs, in constant time.
+
+        Args:
+            number: With several ranks: its place in the order of all ranks.
 
         Raises:
             EpochOutputsTooLarge: The outputs exceed their limit, and there is no ``on_too_large``, or it raised.
@@ -227,25 +232,29 @@ class EpochOutputs:
         values = copy.values
         size = nbytes(values) + TENSOR_BYTES * len(values)
         if self.nbytes + size > self._limit_bytes:
-            error = EpochOutputsTooLarge(
-                f"the outputs for {self._owner} at the end of the epoch exceed {self._limit_bytes:,} bytes:"
-                f" {self.nbytes:,} after {self.steps:,} steps, and the next one adds {size:,}; return less from the"
-                f" step (predictions instead of logits), or raise epoch_outputs_limit_bytes"
-            )
-            if self._on_too_large is None:
-                raise error
-            self._on_too_large(error)
-            self._is_dropped, self._last = True, None
-            self._take_columns()
+            self._drop(f"{self.nbytes:,} after {self.steps:,} steps, and the next one adds {size:,}")
             return
         for _ in range(len(self._columns), len(values)):  # at the first step; later only where outputs vary
             self._columns.append([MISSING] * self.steps)
         for position, column in enumerate(self._columns):
             column.append(values[position] if position < len(values) else MISSING)
         self.steps += 1
+        if number is not None:
+            self.numbers.append(number)
         self.nbytes += size
         if copy.arrived is not None:
             self._last = copy
+
+    def _drop(self, found: str) -> None:
+        error = EpochOutputsTooLarge(
+            f"the outputs for {self._owner} at the end of the epoch exceed {self._limit_bytes:,} bytes: {found}; return"
+            f" less from the step (predictions instead of logits), or raise epoch_outputs_limit_bytes"
+        )
+        if self._on_too_large is None:
+            raise error
+        self._on_too_large(error)
+        self._is_dropped, self._last = True, None
+        self._take_columns()
 
     def part(self) -> Callable[[], Part]:
         """Return a function that builds the current state for a checkpoint, perhaps later and on another thread.
@@ -276,6 +285,35 @@ class EpochOutputs:
         if any(len(column) != self.steps for column in columns):
             raise CheckpointDamaged("the checkpoint's outputs are not those of its steps; load an older checkpoint")
         self._columns = columns
+
+    def exchange(self, exchange: Callable[[Any], list[Any]], *, adopts: bool) -> None:
+        """Take over the outputs of all ranks, in the order of `numbers`. WAIT: for the device, and for all ranks.
+
+        Args:
+            exchange: Returns this value of each rank, or nothing where it is not wanted.
+            adopts: Whether this rank has a use for those of the others.
+
+        Raises:
+            EpochOutputsTooLarge: As `append`.
+        """
+        if self._last is not None:
+            self._last.wait()
+        mine = [] if self._is_dropped else [pack_column(column) for column in self._columns]
+        everyone = exchange((self.nbytes, [] if self._is_dropped else self.numbers, mine))
+        if not adopts or self._is_dropped:
+            return
+        size = sum(nbytes for nbytes, _, _ in everyone)
+        if size > self._limit_bytes:
+            self._drop(f"{size:,} of all ranks together")
+            return
+        steps = [(number, rank, i) for rank, (_, own, _) in enumerate(everyone) for i, number in enumerate(own)]
+        unpacked = [[unpack_column(column) for column in columns] for _, _, columns in everyone]
+        width = max(map(len, unpacked), default=0)
+        self._columns = [
+            [unpacked[rank][position][i] if position < len(unpacked[rank]) else MISSING for _, rank, i in sorted(steps)]
+            for position in range(width)
+        ]
+        self.steps, self.nbytes, self._last = len(steps), size, None
 
     def collated(self) -> Outputs:
         """As `StepOutputs.collated`; the memory of each position is released on the way."""

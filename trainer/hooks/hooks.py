@@ -168,6 +168,8 @@ class CallbackHooks:
         self.inline: dict[type[Event], InlineHook] = {}
         self.observed: dict[type[Event], Hook] = {}
         self.fenced: set[type[Event]] = set()
+        self.left: frozenset[type[Event]] = frozenset()
+        """The events for which rank 0 alone has a hook that takes outputs: those of this rank, too."""
         for name, hook in overridden_hooks(callback).items():
             if name not in hooks:
                 continue
@@ -181,6 +183,16 @@ class CallbackHooks:
                 self.observed[kind] = hook
                 if lane is Lane.FENCED:
                     self.fenced.add(kind)
+
+    def leave_observers(self) -> None:
+        """Keep the hooks for which the loop waits: those that only observe run on rank 0, unless the delivery says all.
+
+        The ranks would otherwise write the same files, and report the same numbers.
+        """
+        if self.delivery.ranks == "first":
+            left = {kind: hook for kind, hook in self.observed.items() if kind not in self.fenced}
+            self.left = frozenset(kind for kind, hook in left.items() if wants_outputs(hook))
+            self.observed = {kind: hook for kind, hook in self.observed.items() if kind in self.fenced}
 
     @property
     def kind(self) -> str:

@@ -78,7 +78,7 @@ class DeviceReadback:
         for event, _ in batch:
             if type(event) is not TrainStepEnded:
                 others += _deferred(event)
-            elif event.grad_norm is None and type(event.lr) is float:
+            elif event.grad_norm is None and type(event.lr) is float and not isinstance(event.weight, torch.Tensor):
                 places.append((force_setattr, event, "loss"))
                 tensors.append(event.loss)
                 if event.non_finite_gradient is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -31,6 +31,14 @@ from trainer.hooks.metric_objects import MetricObject, MetricObjects, check_sing
 from trainer.hooks.reductions import Numbers, Value, reduced
 from trainer.media import INLINE_TEXT, Drawn, Histogram, Image, Logged, LoggedText, MediaWriter, SavedTrace
 
+Entry = tuple[str, Value | Logged, float, Reduction]
+"""A logged value: name, value, weight, reduction."""
+
+
+def is_number(value: Value | Logged) -> TypeGuard[Value]:
+    """Whether it is a number, perhaps on a device, rather than an image or the like."""
+    return not isinstance(value, Histogram | Image | Drawn | LoggedText)
+
 
 class MetricRecorder:
     """Receives the values of `ModuleInterface.log` during a run.
@@ -52,12 +60,12 @@ class MetricRecorder:
         self._validated_at = 0
         self._seen = {TRAIN_EPOCH_LOSS}  # metrics of any validation so far, or of any epoch without validation
         self._gaps: set[tuple[str, str]] = set()  # monitors that lacked their metric last time
-        self._followed_loss: tuple[torch.Tensor | None, float] = (None, 0.0)  # of the epoch: a sum, and its weight
+        self._followed_loss: tuple[torch.Tensor | None, float | torch.Tensor] = (None, 0.0)  # a sum, and its weight
         self.objects = MetricObjects(module)
         self._ring = ring
         self._media = media
         self._loop_thread = 0
-        self.values: list[tuple[str, Value | Logged, float, Reduction]] = []
+        self.values: list[Entry] = []
         """Values logged on the loop's thread since the last `flush`: name, value, weight, reduction."""
         self._hook = threading.local()
         self._places: dict[str, tuple[str | None, str]] = {}  # the stage and the kind of value of each name
@@ -182,7 +190,7 @@ class MetricRecorder:
         self.epoch.clear()
         self._followed_loss = (None, 0.0)
 
-    def add_loss(self, loss: torch.Tensor, weight: float) -> None:
+    def add_loss(self, loss: torch.Tensor, weight: float | torch.Tensor) -> None:
         """Add a step's loss to the epoch's mean; called only if a monitor reads it."""
         # Apple's GPUs have no float64.
         loss = (loss if loss.device.type == "mps" else loss.double()).reshape(()) * weight

@@ -32,7 +32,7 @@ def weighted_mean(group: Numbers) -> Value | None:
     total = sum(weight for _, weight in group)
     if not total:
         return None
-    stacked = _stacked(group)
+    stacked = one_tensor(group)
     if stacked is None:
         return sum(float(value) * weight for value, weight in group) / total
     weights = torch.tensor([weight for _, weight in group], dtype=stacked.dtype).to(stacked.device, non_blocking=True)
@@ -42,7 +42,7 @@ def weighted_mean(group: Numbers) -> Value | None:
 def _sum(group: Numbers) -> Value | None:
     if not (group := _counted(group)):
         return None
-    stacked = _stacked(group)
+    stacked = one_tensor(group)
     return stacked.sum() if stacked is not None else math.fsum(float(value) for value, _ in group)
 
 
@@ -50,7 +50,7 @@ def _max(group: Numbers) -> Value | None:
     """NaN if a value is NaN, as torch's."""
     if not (group := _counted(group)):
         return None
-    stacked = _stacked(group)
+    stacked = one_tensor(group)
     if stacked is not None:
         return stacked.max()
     numbers = [float(value) for value, _ in group]
@@ -73,7 +73,7 @@ def _counted(group: Numbers) -> Numbers:
     return [(value, weight) for value, weight in group if weight]
 
 
-def _stacked(group: Numbers) -> torch.Tensor | None:
+def one_tensor(group: Numbers) -> torch.Tensor | None:
     """The values as one tensor ``(values,)`` on the device of the tensors among them; None if there are none."""
     tensors = [value for value, _ in group if isinstance(value, torch.Tensor)]
     if not tensors:

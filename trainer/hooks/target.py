@@ -111,6 +111,8 @@ class CallbackTarget:
             outputs = self._outputs.pop(self._done, None)
             if outputs is None and payload is not None and payload.outputs is not None:
                 outputs = payload.outputs.collated()
+                if not outputs and type(event) is TrainStepEnded and self._wants_outputs:
+                    return  # other ranks alone have computed this step
             args, kwargs = hook_arguments(event, outputs or ())
             hook(*args, **kwargs)
         except BaseException as raised:

@@ -17,6 +17,8 @@ from events.sink import RunInfo
 from events.tracebacks import describe
 from trainer.arguments import TrainerArguments
 from trainer.checkpoint.resume import CheckpointPlan
+from trainer.distributed.strategy import Strategy
+from trainer.distributed.world import SINGLE, World
 from trainer.hooks.hooks import CallbackHooks, HookTable, TaskName
 from trainer.hooks.readback import DeviceReadback
 from trainer.hooks.recorder import MetricRecorder
@@ -47,6 +49,10 @@ class Attempt:
     plan: CheckpointPlan
     record: RunRecord
     info: RunInfo
+    world: World = SINGLE
+    """The ranks that train together."""
+    strategy: Strategy | None = None
+    """Their common passes, once training has begun; None in a single process."""
     phase: str = "setup"
     """What the loop is doing, for messages."""
 
@@ -54,6 +60,8 @@ class Attempt:
         self.origin: Origin = self.ring.origin
         self.ledger = Ledger(self.device, self.ring.cpu_time.read_ns)
         self.averaging = Averaging(self.hooks.callbacks, self.fail_hook)
+        self.batching = self.arguments.of_rank(self.world.data_size)
+        """The arguments with the batch sizes of one rank."""
         self._noticed: set[str] = set()
 
     @property

@@ -187,6 +187,8 @@ class Boundary:
         """
         callbacks = self.attempt.hooks.wanting_outputs(kind)
         if not callbacks:
+            if any(kind in one.left for one in self.attempt.hooks.callbacks):
+                return EpochOutputs(limit_bytes, f"rank 0's {hook}", self.attempt.notice, lambda error: None)
             return None
 
         # First the one that ends the run, if there is one.

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from time import perf_counter_ns as clock
 from typing import Any
 
-import torch
-
 from events.bus.backlog import Payload
 from events.bus.fence import Fence
 from events.checkpoint.manifest import CheckpointName, Metric
@@ -21,17 +19,16 @@ from events.log import logger
 from events.messages import CheckpointFailed, CheckpointSkipped, CheckpointStaged, LoopHeld
 from events.tracebacks import describe
 from trainer.checkpoint.due import BestScores, DuePolicy
-from trainer.checkpoint.position import SAVED_FIELDS, Position
+from trainer.checkpoint.position import Position
 from trainer.checkpoint.slab import Slab, SlabPool
 from trainer.checkpoint.staging import Stager
-from trainer.data.loaders import has_state
-from trainer.data.rng import capture_rng
 from trainer.data.tensor_state import Collected
+from trainer.distributed.saved import RankStates
 from trainer.errors import add_note
 from trainer.hooks.capture import EpochOutputs
-from trainer.hooks.hooks import CallbackHooks
 from trainer.loop.attempt import Attempt
 from trainer.loop.optimization import Optimization
+from trainer.loop.run_state import late_tensors, rank_state, run_state, stateful
 
 PREPARING, TAKING = "preparing checkpoints", "taking a checkpoint"
 _ANNOUNCE_WAIT_S = 5.0
@@ -70,6 +67,7 @@ class Checkpointing:
         self._snapshots: list[Snapshot] = []  # unreleased ones, and the last one
         self._last_place: tuple[Any, ...] = ()
         self._failures = 0
+        self._ranks = RankStates(attempt.world) if settings and attempt.world.size > 1 else None
 
     @property
     def enabled(self) -> bool:
@@ -98,14 +96,15 @@ class Checkpointing:
         self._optimization = optimization
         if self.settings is None:
             return
-        for callback in self._stateful():
+        for callback in stateful(self._attempt):
             if callback.is_essential:  # any other is only disabled when it fails
                 try:
                     check_readable(Collected({callback.name: callback.state_dict()}).state, callback.name)
                 except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
                     add_note(error, f"raised by {callback.name}.state_dict")
                     self._attempt.fail_hook(callback, "state_dict", error)
-        self._pool = SlabPool(self._attempt.device, self._attempt.ring.cpu_time)
+        if self._attempt.world.leads:
+            self._pool = SlabPool(self._attempt.device, self._attempt.ring.cpu_time)
         check_readable(Collected(self._tree()).state, "the state of the run")
         self.due.start(self._attempt.origin.global_step, clock())
 
@@ -142,7 +141,7 @@ class Checkpointing:
             number = float(value)  # SYNC: once per validation, because the user keeps the best checkpoint
         step = attempt.origin.global_step
         self._metric = step, number
-        if self._best.enters(step, number):
+        if attempt.world.share(self._best.enters(step, number)):
             self.due.found_best(step)
 
     def after_epoch(self, epoch: int) -> Fence | None:
@@ -185,7 +184,12 @@ class Checkpointing:
             BaseException: The run was cancelled during the wait.
         """
         settings, pool = self.settings, self._pool
-        if settings is None or pool is None:
+        if settings is not None and self._ranks is not None:
+            self._ranks.send(self._place, lambda: rank_state(self._attempt, self.position, self.loader))
+        if settings is None:
+            return None
+        if pool is None:  # rank 0 writes it
+            self._follow()
             return None
         with self._attempt.ledger.within("checkpoint"), self._attempt.within(TAKING):
             try:
@@ -228,7 +232,7 @@ class Checkpointing:
         assert optimization is not None
         with attempt.averaging.withdrawn(self.stager.gate), optimization.evaluation(self.stager.gate):
             collected = Collected(self._tree())
-            staged = self.stager.copy(collected, slab, self._late_tensors(optimization))
+            staged = self.stager.copy(collected, slab, late_tensors(attempt, optimization))
         parts, owners = self._parts()
         attempt.control.raise_if_failed()  # the parts lack a fatal callback that has just failed
         name = self._next_name()
@@ -272,7 +276,7 @@ class Checkpointing:
 
     def _fence(self) -> Fence | None:
         """Return a fence for callbacks whose inline hooks could change the state that another thread reads."""
-        both = [one for one in self._stateful() if one.observed and (one.inline or one.should_stop)]
+        both = [one for one in stateful(self._attempt) if one.observed and (one.inline or one.should_stop)]
         torn = [one.name for one in both if one.is_essential]
         return Fence(torn) if torn else None
 
@@ -282,65 +286,31 @@ class Checkpointing:
         return CheckpointName(origin.global_step, origin.attempt, revision)
 
     def _tree(self) -> dict[str, Any]:
-        """Return the state that must be captured between two steps."""
-        attempt, optimization, position = self._attempt, self._optimization, self.position
-        assert optimization is not None
-        where = {name: getattr(position, name) for name in SAVED_FIELDS}
-        if self.loader is not None and has_state(self.loader):
-            where["loader_state"] = self.loader.state_dict()
-        where["elapsed_s"] += time.monotonic() - position.began if position.phase != "begin" else 0.0
-        scaler = attempt.precision.scaler
-        return {
-            "global_step": attempt.origin.global_step,
-            "epoch": attempt.origin.epoch,
-            "position": where,
-            # A current validation is repeated from its current dataloader.
-            "rng": position.rng_at_validation or capture_rng(attempt.device),
-            **attempt.averaging.saved(attempt.module.get_state()),
-            "frozen": [name for name, one in attempt.module.named_parameters() if not one.requires_grad],
-            **optimization.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "metrics": attempt.recorder.state_dict(),
-            "callbacks": self._inline_states(),
-        }
+        assert self._optimization is not None
+        return run_state(self._attempt, self._optimization, self.position, self.loader)
 
-    def _inline_states(self) -> list[dict[str, Any]]:
-        """Return the states of callbacks all of whose hooks run on this thread."""
-        states: list[dict[str, Any]] = []
-        for callback in self._stateful():
-            if not callback.observed:
-                try:
-                    states.append(callback.saved_state())
-                except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
-                    add_note(error, f"raised by {callback.name}.state_dict")
-                    self._attempt.fail_hook(callback, "state_dict", error)
-        return states
+    def _follow(self) -> None:
+        """Change the weights and the schedule of checkpoints as rank 0 does when it takes one."""
+        assert self._optimization is not None
+        with self._attempt.averaging.withdrawn(self.stager.gate), self._optimization.evaluation(self.stager.gate):
+            pass
+        self._last_place = self._place
+        self.due.taken(clock())
 
     def _parts(self) -> tuple[dict[str, LatePart | LazyPart], dict[str, str]]:
         """Return the parts that other threads contribute, and their files by contributor."""
         ring = self._attempt.ring
         parts: dict[str, LatePart | LazyPart] = {"readings": LatePart(lambda: not ring.alive)}
         owners = {READER: "readings"}
-        if self.outputs is not None and self.position.phase != "begin":
+        if self.outputs is not None and self.position.phase != "begin" and self._ranks is None:
             parts["outputs"] = LazyPart(self.outputs.part())
-        for number, callback in enumerate(self._stateful()):
+        if self._ranks is not None:
+            parts |= self._ranks.parts(self._place)
+        for number, callback in enumerate(stateful(self._attempt)):
             if callback.observed:
                 part = owners[callback.name] = f"callback-{number}"
                 parts[part] = LatePart(callback.is_disabled, essential=callback.is_essential)
         return parts, owners
-
-    def _stateful(self) -> list[CallbackHooks]:
-        return [callback for callback in self._attempt.hooks.callbacks if callback.stateful and not callback.disabled]
-
-    def _late_tensors(self, optimization: Optimization) -> set[int]:
-        """Return the device addresses of tensors that only the optimizers change."""
-        if self._attempt.device.type != "cuda":
-            return set()
-        found = {parameter.data_ptr() for parameter in self._attempt.module.parameters()}
-        for optimizer in optimization.optimizers:
-            for state in optimizer.state.values():
-                found.update(value.data_ptr() for value in state.values() if isinstance(value, torch.Tensor))
-        return found
 
     @property
     def _last(self) -> Snapshot | None:

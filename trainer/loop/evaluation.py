@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from events.messages import (
 )
 from events.metrics import metric_name
 from trainer.data.loaders import SequentialSampler, end_iteration, loader_length
-from trainer.data.rows import row_counter, weight_of
+from trainer.data.rows import CountRows, row_counter, weight_of
 from trainer.errors import EmptyDataLoader
 from trainer.hooks.capture import Capture, EpochOutputs
 from trainer.hooks.collate import as_tuple
@@ -29,8 +30,10 @@ from trainer.loop.workers import Batches
 from trainer.module_interface import Stage
 
 END = object()
+IDLE = object()
+"""Stands for a batch that another rank evaluates."""
 
-_EVENTS: dict[Stage, tuple[StageName, Any, Any, Any]] = {
+EVENTS: dict[Stage, tuple[StageName, Any, Any, Any]] = {
     Stage.VAL: ("val", ValEpochStarted, ValStepEnded, ValEpochEnded),
     Stage.TEST: ("test", TestEpochStarted, TestStepEnded, TestEpochEnded),
 }
@@ -97,12 +100,12 @@ class Evaluation:
     def _run_loader(
         self, stage: Stage, key: str, loader: Iterable[Any], limit: int | None, keep: bool, under_way: bool
     ) -> EpochOutputs | None:
-        name, started, _, ended = _EVENTS[stage]
+        name, started, _, ended = EVENTS[stage]
         attempt, boundary, recorder = self._attempt, self._boundary, self._attempt.recorder
         origin = attempt.origin
         origin.stage = name
         method = f"get_{name}_dataloaders"
-        length = loader_length(loader)
+        length = self._length_of(loader)
         steps = limit if length is None else length if limit is None else min(limit, length)
         if not under_way and stage is Stage.VAL and attempt.hooks.beyond["on_begin_val_epoch"]:
             boundary.run_inline(attempt.hooks.beyond["on_begin_val_epoch"], origin.global_step, key=key)
@@ -112,6 +115,8 @@ class Evaluation:
         began = time.monotonic()
         attempt.phase = f"the dataloader {key!r} of {method}"
         tally = self._run_batches(stage, key, loader, limit, outputs)
+        taken = keep or (stage is Stage.VAL and bool(attempt.hooks.wanting_outputs(ValEpochEnded)))
+        self._complete(tally, outputs, taken)
         if tally.batches == 0:
             raise EmptyDataLoader(f"{method}() gave no batch for the key {key!r}: give it data, or leave the key out")
         self._end_logging(key)
@@ -141,41 +146,16 @@ class Evaluation:
 
     def _run_batches(
         self, stage: Stage, key: str, loader: Iterable[Any], limit: int | None, outputs: EpochOutputs | None
-    ) -> _Tally:
-        name, _, step_ended, _ = _EVENTS[stage]
-        attempt, ledger, weigh = self._attempt, self._attempt.ledger, self._weigh
-        tally = _Tally()
-        method = f"get_{name}_dataloaders"
-        notice = attempt.notice if weigh is None else None  # only `rows` in events depends on the count
-        batch_size = attempt.arguments.evaluation_batch_size
-        rows_of = row_counter(loader, batch_size, SequentialSampler, notice, method)
+    ) -> Tally:
+        ledger = self._attempt.ledger
+        tally, rows_of = Tally(), self._row_counter(stage, loader)
         before = ledger.enter("data")
-        batches = Batches(self._boundary, lambda: iter(loader))
+        batches = self._open(loader)
         try:
-            while limit is None or tally.batches < limit:
-                attempt.phase = f"the dataloader {key!r} of {method}"
-                ledger.enter("data")
-                batch = next(batches, END)  # WAIT: data
-                if batch is END:
-                    break
-                ledger.enter("other")
-                self._boundary.cross()  # commands that arrived while the loop waited for data come before the batch
+            for batch in self._turns(stage, key, batches, loader, limit):
                 ledger.enter("compute")
-                attempt.phase = f"{name}_step"
-                rows = rows_of(batch, tally.batches)
-                weight = weigh(batch) if weigh is not None else 1 if rows is None else rows
-                attempt.recorder.weight = weight
-                values = as_tuple(self._forward(stage, batch))
-                ledger.enter("publish")
-                if not tally.add(values, rows, weight, counts_rows=rows is None and weigh is None):
-                    attempt.notice(
-                        f"{name}_step() returns no loss first, so there is no {name}_loss: {_shown(values[0])} is not a"
-                        f" floating-point number, nor a vector of one for each row"
-                    )
-                if outputs is not None and values:
-                    outputs.append(self._capture.copy(values))
-                if step_ended in attempt.ring.audience.wanted:  # built by position, because there is one per batch
-                    attempt.ring.publish(step_ended(*attempt.origin.header(), key, tally.batches))
+                if batch is not IDLE:
+                    self._run_batch(stage, key, batch, rows_of(batch, tally.batches), tally, outputs)
         finally:
             ledger.enter("data")
             end_iteration(batches.source, loader)
@@ -183,6 +163,56 @@ class Evaluation:
             ledger.enter(before)
         self._boundary.cross()
         return tally
+
+    def _turns(
+        self, stage: Stage, key: str, batches: Batches, loader: Iterable[Any], limit: int | None
+    ) -> Iterator[Any]:
+        """Yield the batches, and obey commands before each: those that arrived while the loop waited for data, too."""
+        attempt, phase = self._attempt, f"the dataloader {key!r} of get_{EVENTS[stage][0]}_dataloaders"
+        for _ in range(limit) if limit is not None else itertools.repeat(None):
+            attempt.phase = phase
+            attempt.ledger.enter("data")
+            batch = next(batches, END)  # WAIT: data
+            if batch is END:
+                break
+            attempt.ledger.enter("other")
+            self._boundary.cross()
+            yield batch
+
+    def _run_batch(
+        self, stage: Stage, key: str, batch: Any, rows: int | None, tally: Tally, outputs: EpochOutputs | None
+    ) -> None:
+        attempt, weigh, (name, _, step_ended, _) = self._attempt, self._weigh, EVENTS[stage]
+        attempt.phase = f"{name}_step"
+        weight = weigh(batch) if weigh is not None else 1 if rows is None else rows
+        attempt.recorder.weight = weight
+        values = as_tuple(self._forward(stage, batch))
+        attempt.ledger.enter("publish")
+        if not tally.add(values, rows, weight, counts_rows=rows is None and weigh is None):
+            attempt.notice(
+                f"{name}_step() returns no loss first, so there is no {name}_loss: {_shown(values[0])} is not a"
+                f" floating-point number, nor a vector of one for each row"
+            )
+        if outputs is not None and values:
+            outputs.append(self._capture.copy(values))
+        if step_ended in attempt.ring.audience.wanted:  # built by position, because there is one per batch
+            attempt.ring.publish(step_ended(*attempt.origin.header(), key, tally.batches))
+
+    # ----------------------------------------------------------------------- what several ranks do otherwise
+
+    def _length_of(self, loader: Iterable[Any]) -> int | None:
+        return loader_length(loader)
+
+    def _open(self, loader: Iterable[Any]) -> Batches:
+        return Batches(self._boundary, lambda: iter(loader))
+
+    def _complete(self, tally: Tally, outputs: EpochOutputs | None, adopts: bool) -> None:
+        """The last batch is done, and the hooks of the end have not run. ``adopts``: a hook here takes the outputs."""
+
+    def _row_counter(self, stage: Stage, loader: Iterable[Any]) -> CountRows:
+        notice = self._attempt.notice if self._weigh is None else None  # only `rows` in events depends on the count
+        batch_size = self._attempt.batching.evaluation_batch_size
+        return row_counter(loader, batch_size, SequentialSampler, notice, f"get_{EVENTS[stage][0]}_dataloaders")
 
     def _forward(self, stage: Stage, batch: Any) -> Any:
         step = self._attempt.origin.global_step
@@ -204,7 +234,7 @@ class Evaluation:
         return EpochOutputs(limit_bytes, owner, self._attempt.notice)
 
 
-class _Tally:
+class Tally:
     """What the batches of one dataloader add up to."""
 
     def __init__(self) -> None:
@@ -213,7 +243,7 @@ class _Tally:
         """None if the number is not known."""
         self.losses: list[tuple[Value, float]] = []
         """With the weight of each; empty once a step has returned something else first."""
-        self._has_losses = True
+        self.has_losses = True
 
     def add(self, values: tuple[Any, ...], rows: int | None, weight: float, *, counts_rows: bool) -> bool:
         """Add a batch; returns whether what its step returned first, if anything, is a loss.
@@ -228,9 +258,9 @@ class _Tally:
         first = values[0]
         loss = _loss(first, rows, weight)
         if loss is None:
-            self._has_losses = False
+            self.has_losses = False
             self.losses.clear()
-        elif self._has_losses:
+        elif self.has_losses:
             self.losses.append((loss, len(first) if counts_rows and _is_vector(first) else weight))
         return loss is not None
 

@@ -24,12 +24,14 @@ from trainer.data.loaders import (
     keeps_workers,
     loader_length,
     make_train_sampler,
+    own_batches,
     set_epoch,
     skip_batches,
     state_of_order,
 )
 from trainer.data.rng import capture_rng, restore_rng
 from trainer.data.rows import row_counter, weight_of
+from trainer.distributed.sharding import Shard
 from trainer.errors import DataLoaderError, EmptyDataLoader
 from trainer.loop.boundary import Boundary
 from trainer.loop.step_plan import StepPlan
@@ -47,6 +49,12 @@ class MicroBatch(NamedTuple):
     """None if the number is not known."""
     weight: float | None
     """What the batch counts in the loss of its step and in means; its rows if the module has no ``batch_weight``."""
+    part: float = 1.0
+    """With several ranks: its part of the mean over the ranks, if the weight of all of them is what was expected."""
+    is_dummy: bool = False
+    """Whether this rank is short of a batch: another one is computed, and counts nothing."""
+    all_rows: int | None = None
+    """With several ranks: the rows of the whole step, if they are certain."""
 
 
 class Feed:
@@ -84,7 +92,15 @@ class Feed:
     @property
     def plan(self) -> StepPlan:
         """The steps of the run's epochs."""
-        return StepPlan(self._attempt.arguments)
+        return StepPlan(self._attempt.batching, self._length_of)
+
+    def _length_of(self, loader: Iterable[Any]) -> int | None:
+        return loader_length(loader)
+
+    def _shard(self, epoch: int) -> Shard:
+        """This rank's part of an epoch, in the batches that the module is asked for."""
+        world = self._attempt.world
+        return Shard(self._attempt.batching.micro_batch_of(epoch), world.data_rank, world.data_size)
 
     # ------------------------------------------------------------------------------------- dataloaders
 
@@ -130,12 +146,12 @@ class Feed:
         attempt, seed = self._attempt, self._position.sampler_seed
         attempt.phase = "get_train_dataloader"
         with attempt.ledger.within("data"):
-            self._order = self._order or make_train_sampler(seed, epoch)
+            self._order = self._order or make_train_sampler(seed, epoch, shard=self._shard(epoch))
             self._order.epoch = epoch
             # A class of its own each time: it counts the samplers that are made of it, and skips for one of them.
-            sampler = make_train_sampler(seed, None, self._order)
+            sampler = make_train_sampler(seed, None, self._order, self._shard(epoch))
             attempt.module.current_epoch = epoch
-            loader: Any = attempt.module.get_train_dataloader(sampler, attempt.arguments.micro_batch_of(epoch))
+            loader: Any = attempt.module.get_train_dataloader(sampler, attempt.batching.micro_batch_of(epoch))
             self._warn_of_early_order(loader, sampler)
             loaders = as_val_loaders(loader if loader is not None else {}, "get_train_dataloader")
             if list(loaders) != ["default"]:
@@ -163,7 +179,7 @@ class Feed:
         if self._boundary.checkpoints.enabled:
             position.rng_at_iter = capture_rng(attempt.device)
             self.note_generators()
-            position.batching = self._batching(loader)
+            position.batching, position.world_size = self._batching(loader), attempt.world.data_size
         position.keeps_workers = has_live_workers(loader) or (loader is recalled and keeps_workers(loader))
         position.phase = "train"
         with attempt.ledger.within("data"):
@@ -179,6 +195,7 @@ class Feed:
             DataLoaderError: The data ends before that place.
         """
         position = self._position
+        self._fit_place(loader)
         self._prepare(loader, resumed=True)
         if position.phase == "end" or position.used_up:
             if position.loader_state is not None and has_state(loader):
@@ -194,9 +211,7 @@ class Feed:
     def read(self) -> list[MicroBatch] | None:
         """Read the micro-batches of the next step; None if the data of the epoch has ended."""
         attempt, weigh = self._attempt, self._weigh
-        count = self._accumulation or attempt.arguments.accumulation_of(
-            attempt.origin.epoch, attempt.origin.global_step
-        )
+        count = self._accumulation or attempt.batching.accumulation_of(attempt.origin.epoch, attempt.origin.global_step)
         attempt.phase = "the training dataloader"
         attempt.ledger.enter("data")
         group: list[MicroBatch] = []
@@ -237,8 +252,8 @@ class Feed:
         self.taken = position.batches
         self._counts_itself = has_state(loader)
         notice = attempt.notice if self._weigh is None else None  # only `rows` in events depends on the count
-        micro_batch = attempt.arguments.micro_batch_of(attempt.origin.epoch)
-        self._accumulation = attempt.arguments.accumulation_in(attempt.origin.epoch) or 0
+        micro_batch = attempt.batching.micro_batch_of(attempt.origin.epoch)
+        self._accumulation = attempt.batching.accumulation_in(attempt.origin.epoch) or 0
         self._rows_of = row_counter(loader, micro_batch, ShuffledSampler, notice, "get_train_dataloader")
         # Also for a dataloader that the module keeps: persistent workers need that.
         assert self._order is not None
@@ -258,25 +273,43 @@ class Feed:
 
     def _batching(self, loader: Any) -> tuple[int, int]:
         """Rows of the dataloader's batches, and micro-batches of the epoch's first step."""
-        arguments, epoch = self._attempt.arguments, self._attempt.origin.epoch
+        arguments, epoch = self._attempt.batching, self._attempt.origin.epoch
         rows = batch_rows(loader, arguments.micro_batch_of(epoch))
         return rows, arguments.accumulation_of(epoch, self._position.first_step)
 
     def _iterate(self, loader: Any, seed: int | None) -> Batches:
-        self._batches = batches = Batches(self._boundary, lambda: iterate(loader, seed))
+        self._batches = batches = self._open(loader, lambda: iterate(loader, seed))
         self._iteration = batches.source, loader  # from here on, every way out ends it
         return batches
+
+    def _open(self, loader: Any, open_: Callable[[], Iterator[Any]]) -> Batches:
+        return Batches(self._boundary, open_)
+
+    def _fit_place(self, loader: Any) -> None:
+        """Count the micro-batches of the finished steps in those of this run, if they had another size."""
+        position, arguments, world_size = self._position, self._attempt.arguments, self._attempt.world.data_size
+        if position.batching is None or not position.batches:
+            return
+        (micro, steps), ranks, (now, now_steps) = position.batching, position.world_size, self._batching(loader)
+        if (micro, steps, ranks) == (now, now_steps, world_size):
+            return
+        by_rows = arguments.resume_data == "skip" and micro * steps * ranks == now * now_steps * world_size
+        if by_rows and position.loader_state is None and own_batches(loader, ShuffledSampler) is not None:
+            sampler = loader.sampler
+            position.batches = sampler.shard.rounds(min(sampler.rows, position.batches * micro * ranks))
+            return
+        before, after = (f"{count} micro-batches of {rows} rows" for count, rows in ((steps, micro), (now_steps, now)))
+        if ranks != 1 or world_size != 1:
+            before, after = f"{before} on {ranks} ranks", f"{after} on {world_size}"
+        raise CheckpointMismatch(
+            f"the checkpoint was taken within an epoch in which a step had {before}, and now it has"
+            f" {after.replace(' micro-batches', '').replace(' rows', '')}: resume with those batch sizes, or from a"
+            f" checkpoint that was taken at the end of an epoch"
+        )
 
     def _find_place(self, loader: Any) -> None:
         position, arguments = self._position, self._attempt.arguments
         seed = position.seed_of_workers(self._attempt.origin.epoch)
-        now = self._batching(loader)
-        if position.batching not in (None, now) and position.batches:
-            raise CheckpointMismatch(
-                f"the checkpoint was taken within an epoch in which a step had {position.batching[1]} micro-batches of"
-                f" {position.batching[0]} rows, and now it has {now[1]} of {now[0]}: resume with those batch sizes, or"
-                f" from a checkpoint that was taken at the end of an epoch"
-            )
         if position.rng_at_iter is not None:
             restore_rng(position.rng_at_iter, self._attempt.device)
         for generator, state in zip(generators_of(loader), position.generators_at_iter or (), strict=False):

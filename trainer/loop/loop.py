@@ -57,11 +57,19 @@ class TrainingLoop:
         self._fenced_steps = TrainStepEnded in attempt.hooks.fenced
         # A hook at the end of a step may look at the gradients.
         self._clears_late = bool(self._step_hooks) or self._fenced_steps
-        self._step = Step(boundary, optimization, self._capture, clears=not self._clears_late)
+        self._step = self._make_step(clears=not self._clears_late)
         self._clears_late = self._clears_late and not self._step.is_manual
         self._step_ended_ns = 0
         if before_step := attempt.hooks.beyond["on_before_optimizer_step"]:
             optimization.before_step = lambda: boundary.run_inline(before_step, attempt.origin.global_step)
+
+    def _make_step(self, *, clears: bool) -> Step:
+        strategy = self._attempt.strategy
+        if strategy is None:
+            return Step(self._boundary, self._optimization, self._capture, clears=clears)
+        from trainer.distributed.step import RankStep  # late, because a single process does not need it
+
+        return RankStep(self._boundary, self._optimization, self._capture, strategy, clears=clears)
 
     def run(self, resumed: Loaded | None = None) -> None:
         """Train until the data, a limit or a stop ends it. `Feed.ask_for_first_loader` comes before.
@@ -178,6 +186,8 @@ class TrainingLoop:
             self._boundary.publish(TrainEpochStarted(*attempt.origin.header(), steps=steps, total_steps=total))
             self._warn_of_other_steps(steps, total)
             self._optimization.find_strays()  # the hooks may have added parameters
+        if attempt.strategy is not None:
+            attempt.strategy.refresh()
         attempt.phase = "the training dataloader"
         return outputs
 
@@ -211,7 +221,7 @@ class TrainingLoop:
             The random generators of the validation at its end, if that is all that is left of it.
         """
         position, rng = self._position, resumed.rng
-        if outputs is not None and "outputs" in resumed.parts:
+        if outputs is not None and "outputs" in resumed.parts and self._attempt.world.size == 1:
             outputs.restore(resumed.parts.pop("outputs"))
         elif outputs is not None and position.batches:
             logger.warning(
@@ -243,6 +253,8 @@ class TrainingLoop:
         if attempt.recorder.objects.epoch:
             with attempt.ledger.within("readback"), attempt.within("compute() of a metric object"):
                 attempt.recorder.compute_epoch()
+        if attempt.world.size > 1:
+            self._exchange(outputs)
         self._boundary.publish(TrainEpochEnded(*origin.header(), steps=taken, duration_s=duration_s), outputs)
         attempt.phase = "the schedulers"
         self._optimization.schedules.after_epoch()
@@ -255,6 +267,15 @@ class TrainingLoop:
         checkpoints.outputs = None
         with origin.at_epoch(epoch + 1):  # where a checkpoint resumes
             self._wait_for(checkpoints.after_epoch(epoch))
+
+    def _exchange(self, outputs: EpochOutputs | None) -> None:
+        """Put the outputs of all ranks together. WAIT: for all ranks, once per epoch."""
+        from trainer.distributed.merged import Numbers, exchange_outputs  # late, as in `_make_step`
+
+        world = self._attempt.world
+        adopts = bool(self._attempt.hooks.wanting_outputs(TrainEpochEnded))
+        everyone = world.gather(Numbers(None, True, outputs is not None, adopts, []))
+        exchange_outputs(world, outputs, everyone)
 
     def _step_limit(self) -> int:
         """Return the maximum ``global_step`` of the starting epoch."""
@@ -269,7 +290,7 @@ class TrainingLoop:
             "an iterator or generator is used up after one epoch: return a new one, or a DataLoader, each time"
             if epoch and iter(loader) is loader
             else f"the data set is empty, or drop_last left out its only batch (of fewer than"
-            f" {self._attempt.arguments.micro_batch_of(epoch)} rows)"
+            f" {self._attempt.batching.micro_batch_of(epoch)} rows)"
         )
         return EmptyDataLoader(f"get_train_dataloader() gave no batch in epoch {epoch}: {cause}")
 
@@ -318,7 +339,7 @@ class TrainingLoop:
             outcome.lr,
             outcome.grad_norm,  # type: ignore[arg-type]  # deferred, too
             outcome.bad_gradient,  # type: ignore[arg-type]  # deferred, too
-            outcome.weight if self._feed.weighs else None,
+            outcome.weight if self._feed.weighs else None,  # type: ignore[arg-type]  # deferred, too
         )
         self._step_ended_ns = now
         payload = None
@@ -329,24 +350,30 @@ class TrainingLoop:
             with attempt.within("on_end_train_step"):
                 self._boundary.wait_for_fence(payload.fence)
         if self._step_hooks:
-            live = outcome.outputs if self._hooks_want_outputs else None
-            self._boundary.run_inline_step(self._step_hooks, live)
+            live, hooks = outcome.outputs if self._hooks_want_outputs else None, self._step_hooks
+            if live is not None and not live:  # other ranks alone have computed this step
+                hooks = [hook for hook in hooks if not hook.wants_outputs]
+            self._boundary.run_inline_step(hooks, live)
 
     def _payload(self, outcome: StepOutcome, outputs: EpochOutputs | None) -> Payload:
         """Return the payload of a step's event: outputs, if an observer receives them, and the fence."""
-        payload, live, loss = Payload(), outcome.outputs, outcome.loss
-        receivers = self._attempt.ring.audience.payload_receivers.get(TrainStepEnded, ())
+        attempt, payload, live, loss = self._attempt, Payload(), outcome.outputs, outcome.loss
+        receivers = attempt.ring.audience.payload_receivers.get(TrainStepEnded, ())
         if live is not None and (receivers or outputs is not None):
             # Where the loss is the only output, the event's is a copy of it that never changes.
-            only = live[0][0] if len(live) == len(live[0]) == 1 else None
+            only = live[0][0] if live and len(live) == len(live[0]) == 1 else None
             is_loss = loss is not None and loss.is_cpu and _alike(loss, only)
             if loss is not None and is_loss:
                 copies = [Copy((loss,), loss.nbytes)]
             else:
                 copies = [self._capture.copy(values) for values in live]
             if outputs is not None:
-                for copy in copies:
-                    outputs.append(copy)
+                if outcome.places is None:
+                    for copy in copies:
+                        outputs.append(copy)
+                else:
+                    for place, copy in zip(outcome.places, copies, strict=True):
+                        outputs.append(copy, (attempt.origin.global_step, place))
             if receivers and self._observers_want_outputs:
                 shared = is_loss or outputs is not None or len(receivers) > 1
                 payload.outputs = self._capture.of_step(copies, shared)

@@ -330,7 +330,7 @@ class Optimization:
         is_scaled = len(numbers) > 2 and numbers[2] > 1
         return "gradient_overflow" if is_scaled else "non_finite_gradient"
 
-    def scale_gradients(self, factor: float) -> None:
+    def scale_gradients(self, factor: float | torch.Tensor) -> None:
         """Multiply the gradients in place."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

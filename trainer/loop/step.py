@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 import torch
 
 from events.bus.backlog import Payload
 from events.messages import BackwardEnded, NonFiniteGradient, NonFiniteLoss, StepSkipped
-from trainer.data.rows import no_weight, weight_of
+from trainer.data.rows import no_weight, shares_of, sum_of, weight_of
 from trainer.errors import (
     REMEDY,
     NonFiniteGradientError,
@@ -28,10 +28,9 @@ from trainer.loop.optimization import ClosureWanted, Optimization, Skip
 from trainer.module_interface import Stage
 
 Outputs = tuple[Any, ...]
-_Count = TypeVar("_Count", int, float)
 
 
-_Computed = tuple[torch.Tensor, int | None, list[Outputs] | None]
+Computed = tuple[torch.Tensor, int | None, list[Outputs] | None]
 """The loss of a step, detached; its rows; the results of `train_step` that are kept."""
 
 
@@ -52,8 +51,10 @@ class StepOutcome(msgspec.Struct, gc=False):
     bad_gradient: torch.Tensor | None = None
     """Positive if a gradient is not finite; None if the norm shows it, or the host has read it."""
     skipped: Skip | None = None
-    weight: float | None = None
-    """What the step counts in means."""
+    places: Sequence[int] | None = None
+    """With several ranks: the indices in the step of the micro-batches whose outputs these are."""
+    weight: float | torch.Tensor | None = None
+    """What the step counts in means; of several ranks with a device each perhaps a scalar ``()`` there."""
 
 
 class Step:
@@ -70,6 +71,7 @@ class Step:
         self._checkpoints = boundary.checkpoints
         self._optimization = optimization
         self._capture = capture
+        self._call: Callable[..., Any] = attempt.module
         self._weigh = weight_of(attempt.module)
         self._backward_hooks = attempt.hooks.inline[BackwardEnded]
         self._returned: Any = None
@@ -108,7 +110,7 @@ class Step:
         if ledger.idle is not None:
             ledger.idle.begin()
         outcome = self._take(group, keep)
-        outcome.weight = _weight(group)
+        self._measure(outcome, group)
         if self._clears:
             self._optimization.zero_grad()
         if ledger.idle is not None:
@@ -154,7 +156,7 @@ class Step:
         random numbers (dropout) and updates running statistics (batch norm), as in a loop written by hand.
         """
         attempt, recorder, lr = self._attempt, self._attempt.recorder, self._optimization.learning_rate
-        first: list[_Computed] = []
+        first: list[Computed] = []
 
         def evaluate() -> torch.Tensor:
             logged, recorder.values = recorder.values, []
@@ -187,7 +189,7 @@ class Step:
     def _by_module(self, group: list[MicroBatch], keep: bool) -> StepOutcome:
         """One call of `train_step`, which applies its losses itself."""
         assert self._manual is not None
-        ((batch, rows, weight),) = group
+        batch, rows, weight = group[0][:3]
         self._check_weight(group)
         lr = self._optimization.learning_rate
         self._attempt.recorder.weight = 1 if weight is None else weight
@@ -205,7 +207,7 @@ class Step:
 
     # --------------------------------------------------------------------------------------- micro-batches
 
-    def _micro_steps(self, group: list[MicroBatch], keep: bool) -> _Computed | None:
+    def _micro_steps(self, group: list[MicroBatch], keep: bool) -> Computed | None:
         """The micro-batches of one step by their weights; those without a loss are removed from ``group``.
 
         Returns:
@@ -218,7 +220,7 @@ class Step:
                 return None
             self._check_weight(group)
             return computed[0], group[0].rows, [computed[1]] if keep else None
-        parts = _parts([one.weight for one in group])
+        parts = shares_of([one.weight for one in group])
         counted: list[tuple[MicroBatch, float, torch.Tensor, Outputs]] = []
         for i, (one, part) in enumerate(zip(group, parts, strict=True)):
             if (computed := self._micro_step(one, part, i)) is not None:
@@ -234,10 +236,17 @@ class Step:
                 shares = [share / total for share in shares]
         self._check_weight(group)
         outputs = [values for _, _, _, values in counted] if keep else None
-        return torch.stack(shares).sum(), _sum([one.rows for one in group]), outputs
+        return torch.stack(shares).sum(), sum_of([one.rows for one in group]), outputs
+
+    def _measure(self, outcome: StepOutcome, group: list[MicroBatch]) -> None:
+        outcome.weight = self._weight(group)
+
+    def _weight(self, group: list[MicroBatch]) -> float | torch.Tensor | None:
+        """What the step counts in means; None if that is not known."""
+        return group[0].weight if len(group) == 1 else sum_of([one.weight for one in group])
 
     def _check_weight(self, group: list[MicroBatch]) -> None:
-        if self._weigh is not None and not _weight(group):
+        if self._weigh is not None and not self._weight(group):
             raise no_weight(self._module, self._attempt.origin.global_step + 1)
 
     def _micro_step(self, one: MicroBatch, part: float | None, number: int) -> tuple[torch.Tensor, Outputs] | None:
@@ -256,9 +265,9 @@ class Step:
         attempt.phase = "train_step"
         if precision.enabled:
             with precision.autocast():
-                returned = self._module(Stage.TRAIN, step, one.batch, attempt.device)
+                returned = self._call(Stage.TRAIN, step, one.batch, attempt.device)
         else:
-            returned = self._module(Stage.TRAIN, step, one.batch, attempt.device)
+            returned = self._call(Stage.TRAIN, step, one.batch, attempt.device)
         # The graph of the step before is released here, as in a loop written by hand. Between backward and optimizer it
         # would slow down the optimizer: by 5 us, measured with a tiny model.
         self._returned = returned
@@ -273,13 +282,10 @@ class Step:
             self._is_checked = True
             if number == 0 and any(parameter.grad is not None for parameter in self._module.parameters()):
                 raise own_backward(self._module)
-        if part == 0:
-            return torch.zeros_like(loss.detach()), values
-        share = loss if part is None else loss * part
         attempt.phase = "backward"
         self._optimization.release_gradients()
         try:
-            (share if precision.scaler is None else precision.scale(share)).backward()  # type: ignore[no-untyped-call]
+            share = self._backward(loss, one, part)
         except RuntimeError as error:
             # Checked only now: it costs a step without an error nothing.
             if loss.numel() != 1 or loss.is_complex() or not loss.requires_grad:
@@ -287,11 +293,20 @@ class Step:
             if "backward through the graph a second time" in str(error):
                 raise own_backward(self._module) from error
             raise
-        if self._backward_hooks or BackwardEnded in attempt.ring.audience.wanted:
+        if (self._backward_hooks or BackwardEnded in attempt.ring.audience.wanted) and (part is None or part):
             self._after_backward(loss, number)
+        return share, values
+
+    def _backward(self, loss: torch.Tensor, one: MicroBatch, part: float | None) -> torch.Tensor:
+        """Compute the gradients of a micro-batch; returns its share of the step's loss, detached."""
+        if part == 0:
+            return torch.zeros_like(loss.detach())
+        precision = self._attempt.precision
+        share = loss if part is None else loss * part
+        (share if precision.scaler is None else precision.scale(share)).backward()  # type: ignore[no-untyped-call]
         share = share.detach()  # or the event would keep the graph alive
         # A module may keep its loss and change it in place, a compiled step may write the next one to the same memory.
-        return share.clone() if part is None else share, values
+        return share.clone() if part is None else share
 
     def _leave_out(self, number: int) -> None:
         """`train_step` returned None for a micro-batch."""
@@ -381,19 +396,3 @@ _CAUSES: dict[Skip, str] = {
     "non_finite_gradient": "a gradient",
     "gradient_overflow": "a gradient in float16",
 }
-
-
-def _parts(weights: list[float | None]) -> list[float]:
-    """Each micro-batch's part of its step: equal ones where a weight is not known, or all are 0."""
-    total = _sum(weights)
-    return [(weight or 0) / total for weight in weights] if total else [1 / len(weights)] * len(weights)
-
-
-def _weight(group: list[MicroBatch]) -> float | None:
-    return group[0].weight if len(group) == 1 else _sum([one.weight for one in group])
-
-
-def _sum(counts: Sequence[_Count | None]) -> _Count | None:
-    """None if one of them is not known."""
-    known = [count for count in counts if count is not None]
-    return sum(known[1:], known[0]) if known and len(known) == len(counts) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from trainer.arguments import TrainerArguments
@@ -21,10 +21,18 @@ class EpochSize(NamedTuple):
 
 
 class StepPlan:
-    """The steps of a run's epochs, by its arguments and the size of its data."""
+    """The steps of a run's epochs, by its arguments and the size of its data.
 
-    def __init__(self, arguments: TrainerArguments) -> None:
+    Args:
+        arguments: With the batch sizes of one rank.
+        length_of: Returns the micro-batches of an epoch of a rank.
+    """
+
+    def __init__(
+        self, arguments: TrainerArguments, length_of: Callable[[Iterable[object]], int | None] = loader_length
+    ) -> None:
         self._arguments = arguments
+        self._length_of = length_of
 
     @property
     def key(self) -> str:
@@ -36,7 +44,7 @@ class StepPlan:
 
     def size_of(self, loader: Iterable[object], epoch: int) -> EpochSize | None:
         """The size of an epoch's data; None without a length."""
-        batches, micro_batch = loader_length(loader), self._arguments.micro_batch_of(epoch)
+        batches, micro_batch = self._length_of(loader), self._arguments.micro_batch_of(epoch)
         if batches is None:
             return None
         batcher = getattr(loader, "batch_sampler", None)

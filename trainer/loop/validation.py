@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from events.metrics import TRAIN_EPOCH_LOSS
 from trainer.checkpoint.position import Position
-from trainer.data.loaders import as_val_loaders
+from trainer.data.loaders import as_val_loaders, sequential_sampler
 from trainer.data.rng import RngState, capture_rng, restore_rng
+from trainer.distributed.sharding import Shard
 from trainer.errors import DataLoaderError
 from trainer.hooks.reductions import Value
 from trainer.loop.boundary import Boundary
@@ -151,6 +150,8 @@ class Validation:
             restore_rng(interrupted, attempt.device)
         if not position.validated_keys:
             recorder.begin_validation(attempt.origin.global_step)
+        if attempt.strategy is not None:
+            attempt.strategy.sync_buffers()  # WAIT: for all ranks
         left = {key: loader for key, loader in loaders.items() if key not in position.validated_keys}
         if left:
             gate = self._checkpoints.stager.gate
@@ -179,7 +180,8 @@ class Validation:
         attempt = self._attempt
         attempt.phase = "get_val_dataloaders"
         with attempt.ledger.within("data"):
-            sampler, batch_size = torch.utils.data.SequentialSampler, attempt.arguments.evaluation_batch_size
+            batch_size = attempt.batching.evaluation_batch_size
+            sampler = sequential_sampler(Shard(batch_size, attempt.world.data_rank, attempt.world.data_size))
             return as_val_loaders(attempt.module.get_val_dataloaders(sampler, batch_size))
 
     def _judge(self, metrics: dict[str, Value], *, epoch_loss: bool | None) -> None:
@@ -188,7 +190,11 @@ class Validation:
         Args:
             epoch_loss: Only to those that follow ``train_epoch_loss``; False: only to the others. None: to all.
         """
-        recorder = self._attempt.recorder
+        recorder, world = self._attempt.recorder, self._attempt.world
+        if world.size > 1:
+            from trainer.distributed.merged import merge_judged  # late, because a single process does not need it
+
+            merge_judged(world, metrics)
         recorder.judged = metrics
         self._optimization.schedules.follow(epoch_loss=epoch_loss)
         if epoch_loss is None or epoch_loss == (self._best == TRAIN_EPOCH_LOSS):

@@ -184,7 +184,7 @@ class LoopThread:
             if parameter.is_meta:
                 raise ContractError(f"the parameter {name} is on the meta device; give it data with to_empty()")
         module.to(attempt.device)
-        if warning := arguments.batch_size_warning():
+        if warning := attempt.batching.batch_size_warning():
             logger.warning(warning)
         restore = compile_steps(module, arguments.compile_options) if arguments.compile else None
         try:

@@ -108,6 +108,8 @@ class Observers:
         if self._plan.settings is not None or self._plan.resumes:
             check_state_keys(table.callbacks)
         for callback in table.callbacks:
+            if self._info.rank and not isinstance(callback.callback, ModuleInterface):
+                callback.leave_observers()
             if callback.observed:
                 types = {*callback.observed, *([CheckpointStaged] if callback.stateful else [])}
                 delivery = msgspec.structs.replace(callback.delivery, types=frozenset(types))
@@ -191,6 +193,11 @@ class Observers:
         """The run will not start: release their queues."""
         for observer in self._supervisor.observers:
             observer.source.discard()
+
+    @property
+    def run_dir(self) -> str | None:
+        """The run's folder; on all ranks that of rank 0."""
+        return self._info.run_dir
 
     def has_console(self) -> bool:
         """Whether a console of this process shows the events. Any thread."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.log import Warned, collecting
+from events.run.folder import RunFolder
 from trainer.checkpoint.fetch import fetch_for
 from trainer.checkpoint.init_from import InitFrom
+from trainer.distributed.world import SINGLE, World
 
 
 class RunPlace:
@@ -20,7 +23,11 @@ class RunPlace:
     Attributes:
         settings: When it takes checkpoints; None: never.
         warned: The warnings of `fetch`.
+        world: The ranks that train together.
+        attempt: The number of the attempt, which rank 0 has claimed; None on rank 0.
     """
+
+    attempt: int | None = None
 
     def __init__(
         self,
@@ -40,6 +47,23 @@ class RunPlace:
         if init_from is not None:
             self._fetch_weights = fetch_for("init_from", init_from.path, None, run_id, run_dir)
         self.warned: list[Warned] = []
+        self.world: World = SINGLE
+
+    def open(self) -> RunFolder | None:
+        """Open the run's folder; None without one. Raises `RunFolderError`."""
+        return None if self.run_dir is None else RunFolder.open(self.run_dir, self.run_id)
+
+    @property
+    def shown_dir(self) -> str | None:
+        """The run's folder, for sinks and results."""
+        return None if self.run_dir is None else str(self.run_dir.absolute())
+
+    @property
+    def chosen(self) -> tuple[Any, ...]:
+        """The arguments with which another rank makes the same place, after `fetch`."""
+        run_dir = None if self.run_dir is None else self.run_dir.absolute()
+        resume = None if self.resume is None else os.fspath(self.resume)
+        return self.run_id, run_dir, self.settings, resume, self.init_from
 
     @property
     def is_remote(self) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import anyio
@@ -22,7 +22,7 @@ from events.log import RunLog, logging_for
 from events.messages import RunEnded
 from events.origin import Origin
 from events.protocol import ObserverReport, RunResult
-from events.run.folder import ARGUMENTS_NAME, CONFIG_NAME, RunFolder
+from events.run.folder import ARGUMENTS_NAME, CONFIG_NAME
 from events.run.inbox import Inbox
 from events.sink import Place, RunInfo, Sink
 from events.tracebacks import describe, format_traceback
@@ -87,16 +87,18 @@ class Session:
         self._stuck: str | None = None
         self._failed_in_drain: BaseException | None = None
         began_ns = time.time_ns()
+        if not place.world.leads:  # rank 0 alone has the folder, the journal and the sinks
+            sinks, journal = (), None
         device = resolve_device(arguments.device)
         precision = Precision(arguments.precision, device.type)
         # `unused` is closed only if the session does not run.
         with contextlib.ExitStack() as opened, contextlib.ExitStack() as unused, contextlib.ExitStack() as logging:
-            self.folder = RunFolder.open(place.run_dir, place.run_id) if place.run_dir is not None else None
+            self.folder = place.open() if place.world.leads else None
             if self.folder is not None:
                 opened.callback(self.folder.close)
             plan = self._make_plan(place)
-            number, seq = self._claim(plan)
-            ring = Ring(Origin(place.run_id, number))
+            number, seq = self._claim(plan) if place.attempt is None else (place.attempt, 0)
+            ring = Ring(Origin(place.run_id, number, place.world.rank))
             unused.callback(ring.close)
             logging.enter_context(logging_for(ring.origin))  # threads that are started here log for this run
             policy = NonFinitePolicy(ring, control, stops=arguments.non_finite == "stop")
@@ -105,7 +107,7 @@ class Session:
             log = self._open_log(opened, unused)
             media = MediaWriter(self.folder.path if self.folder is not None else None, ring.publish, ring.origin)
             recorder = MetricRecorder(ring, media, module)
-            info = RunInfo(place.run_id, number, 0, self._run_dir, interactive)
+            info = RunInfo(place.run_id, number, place.world.rank, place.shown_dir, interactive)
             self.observers = Observers(self.pump, info, plan, control, arguments, log, media)
             unused.callback(self.observers.discard)
             self.observers.add_journal(journal)
@@ -113,17 +115,20 @@ class Session:
             hooks = self.observers.add_callbacks(members, device, recorder, HOOKS_OF_TASK[task])
             self._inbox = Inbox(self.folder.path, control, began_ns) if self.folder is not None else None
             self.observers.add_sinks(sinks, sinks_in)
-            self._system = self._make_sampler(arguments.system_interval_s)
-            self._attempt = Attempt(
-                task, module, arguments, device, precision, control, ring, hooks, recorder, readback, plan, record, info
-            )
+            self._system = self._make_sampler(arguments.system_interval_s if place.world.leads else None)
+            parts = control, ring, hooks, recorder, readback, plan, record, info, place.world
+            self._attempt = Attempt(task, module, arguments, device, precision, *parts)
             self.loop = LoopThread(self._attempt)
-            if task == "train":
+            if task == "train" and place.world.leads:
                 self.observers.add_checkpoints(module, lambda: self.loop.weights)
             self._write_settings()
             self.loop.task.on_started = log.start
             log.begin(self.observers.has_console)
             self._opened, self._unused = opened.pop_all(), unused.pop_all()
+
+    @property
+    def _run_dir(self) -> str | None:
+        return self.observers.run_dir
 
     @property
     def ring(self) -> Ring:
@@ -145,10 +150,6 @@ class Session:
         """Run, attempt and step."""
         return self.ring.origin
 
-    @property
-    def _run_dir(self) -> str | None:
-        return str(self.folder.path) if self.folder is not None else None
-
     def discard(self) -> None:
         """Close what the constructor opened, because the session will not run."""
         self._unused.close()
@@ -157,7 +158,7 @@ class Session:
     def _make_plan(self, place: RunPlace) -> CheckpointPlan:
         settings = place.settings
         if self.folder is None:
-            return CheckpointPlan(None, None, place.resume, None, place.init_from)
+            return CheckpointPlan(None if place.world.leads else settings, None, place.resume, None, place.init_from)
         url: str | None = None
         if settings is not None and settings.upload is not None:
             url = importlib.import_module("events.checkpoint.objects").run_url(settings.upload, place.run_id)
@@ -346,6 +347,23 @@ class Session:
     def forget_error(self) -> None:
         """Release the exception that ended the run, whose frames refer to the user's objects."""
         self.error = self.loop.ending.error = self.control.error = self._failed_in_drain = None
+
+
+def in_turn(make: Callable[[], Session], place: RunPlace) -> Session:
+    """Make a session on rank 0, which claims the attempt, and then on the other ranks. WAIT: for all ranks.
+
+    Raises:
+        PeerFailed: Another rank could not make its own.
+    """
+    world = place.world
+    session = world.together(lambda: make() if place.world.leads else None)
+    place.attempt = world.share(session.origin.attempt if session is not None else None)
+    try:
+        return world.together(lambda: session if session is not None else make())
+    except BaseException:
+        if session is not None:
+            session.discard()
+        raise
 
 
 def new_run_id() -> str:

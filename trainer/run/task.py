@@ -14,9 +14,11 @@ from events.tracebacks import describe
 from trainer.checkpoint.fit import takes_state_by_default
 from trainer.checkpoint.loaded import Loaded
 from trainer.checkpoint.position import Position
-from trainer.data.loaders import as_val_loaders, has_state
-from trainer.data.rng import RngState, capture_rng, restore_rng
+from trainer.data.loaders import as_val_loaders, has_state, sequential_sampler
+from trainer.data.rng import RngState, capture_rng, restore_rng, seed_everything, seeded_rng
 from trainer.data.tensors import clone_tensors
+from trainer.distributed.sharding import Shard, seed_for
+from trainer.distributed.strategy import prepare
 from trainer.errors import ContractError, add_note
 from trainer.loop.boundary import Boundary
 from trainer.loop.checkpointing import PREPARING
@@ -63,7 +65,8 @@ class Task:
         if loaded is None:
             attempt.phase = "reading the weights to start from"
             attempt.plan.load_weights(attempt.module)
-        feed = Feed(self._boundary)
+        self._distribute()
+        feed = self._make_feed()
         try:
             loop, optimization = self._prepare(feed, loaded)
             attempt.ledger.start()
@@ -77,6 +80,32 @@ class Task:
             self._checkpoints.loader = None  # or its workers would live on
             feed.close()
 
+    def _distribute(self) -> None:
+        """Wrap the module for the ranks of the run, and let each draw random numbers of its own from here on."""
+        attempt, world = self._attempt, self._attempt.world
+        if not world.is_distributed:
+            return
+        attempt.phase = "distributing the module"
+        attempt.strategy = world.together(lambda: prepare(attempt.module, world))
+        seed = attempt.arguments.seed
+        seed = world.share(torch.initial_seed() if seed is None else seed)
+        if not world.leads:
+            seed_everything(seed_for(seed, world.data_rank))
+
+    def _make_feed(self) -> Feed:
+        if self._attempt.world.size == 1:
+            return Feed(self._boundary)
+        from trainer.distributed.feed import RankFeed  # late, because a single process does not need it
+
+        return RankFeed(self._boundary)
+
+    def _make_evaluation(self) -> Evaluation:
+        if self._attempt.world.size == 1:
+            return Evaluation(self._boundary)
+        from trainer.distributed.evaluation import RankEvaluation  # late, because a single process does not need it
+
+        return RankEvaluation(self._boundary)
+
     def _prepare(self, feed: Feed, loaded: Loaded | None) -> tuple[TrainingLoop, Optimization]:
         """Ask the module for all that it trains with, and restore the checkpoint into it."""
         attempt, origin, position = self._attempt, self._attempt.origin, self._checkpoints.position
@@ -88,7 +117,7 @@ class Task:
         optimization.zero_grad()  # gradients that the host has left do not belong to the first step
         self._bind_optimizers(optimization)
         attempt.phase = "setup"
-        loop = TrainingLoop(self._boundary, Evaluation(self._boundary), feed, optimization)
+        loop = TrainingLoop(self._boundary, self._make_evaluation(), feed, optimization)
         attempt.phase = PREPARING
         self._checkpoints.start(optimization)
         # Not before all of that: an attempt that fails before it trains leaves the line, and the history, as they are.
@@ -104,7 +133,8 @@ class Task:
             # Drawn from torch's generator, so that a host that has seeded it itself gets the same order each time; on
             # the CPU, so that no device is waited for.
             seed = arguments.seed
-            position.sampler_seed = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
+            drawn = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
+            position.sampler_seed, position.world_size = attempt.world.share(drawn), attempt.world.data_size
         else:
             if position.phase == "begin":
                 feed.recall()
@@ -165,13 +195,26 @@ class Task:
         """Read the checkpoint to resume from, if there is one, and write the note of this attempt."""
         self._attempt.phase = "reading the checkpoint"
         plan, origin = self._attempt.plan, self._attempt.origin
-        loaded = self._loaded = plan.load(self._reject)
+        loaded = self._loaded = self._read()
         if loaded is not None:
             loaded.restore_module(self._attempt.module)
             loaded.restore_frozen(self._attempt.module)
+            world, device = self._attempt.world, self._attempt.device
+            loaded.become(world.data_rank, world.data_size, lambda seed: seeded_rng(seed, device))
             origin.global_step, origin.epoch = loaded.global_step, loaded.epoch
             self._checkpoints.resume(loaded.position, plan.name_of(loaded), plan.scores_up_to(loaded))
         return loaded
+
+    def _read(self) -> Loaded | None:
+        """Read the checkpoint to resume from: rank 0 chooses it for all ranks."""
+        plan, world = self._attempt.plan, self._attempt.world
+        if world.size == 1:
+            return plan.load(self._reject)
+        loaded = world.together(lambda: plan.load(self._reject) if world.leads else None)
+        folder = world.share(loaded.folder.absolute() if loaded is not None else None)
+        if folder is None:
+            return None
+        return world.together(lambda: loaded if loaded is not None else Loaded(folder))
 
     def _reject(self, name: str, error: Exception) -> None:
         self._rejected.append((name, describe(error)))
@@ -203,14 +246,14 @@ class Task:
         loaders = self._evaluated("get_val_dataloaders", module.get_val_dataloaders, "validate")
         attempt.recorder.begin_validation(attempt.origin.global_step)
         with weights:
-            Evaluation(self._boundary).run(Stage.VAL, loaders, attempt.arguments.max_val_steps_per_epoch)
+            self._make_evaluation().run(Stage.VAL, loaders, attempt.arguments.max_val_steps_per_epoch)
 
     def test(self) -> None:
         """Test, with the weights of a checkpoint or a file if there is one."""
         weights = self._load_weights("tested")
         loaders = self._evaluated("get_test_dataloaders", self._attempt.module.get_test_dataloaders, "test")
         with weights:
-            self.outputs = Evaluation(self._boundary).run(Stage.TEST, loaders, None, keep=True)
+            self.outputs = self._make_evaluation().run(Stage.TEST, loaders, None, keep=True)
 
     def _load_weights(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Load the weights that are evaluated; returns the block for the evaluation.
@@ -220,7 +263,7 @@ class Task:
         """
         attempt, plan, module = self._attempt, self._attempt.plan, self._attempt.module
         attempt.phase = "reading the checkpoint"
-        loaded = self._loaded = plan.load(self._reject)
+        loaded = self._loaded = self._read()
         if loaded is not None:
             loaded.restore_module(module, averaged=attempt.averaging.wanted)
             attempt.origin.global_step, attempt.origin.epoch = loaded.global_step, loaded.epoch
@@ -236,9 +279,9 @@ class Task:
         """Ask for the dataloaders of an evaluation, and start the ledger."""
         attempt = self._attempt
         attempt.phase = method
-        loaders = as_val_loaders(
-            get(torch.utils.data.SequentialSampler, attempt.arguments.evaluation_batch_size), method
-        )
+        batch_size = attempt.batching.evaluation_batch_size
+        sampler = sequential_sampler(Shard(batch_size, attempt.world.data_rank, attempt.world.data_size))
+        loaders = as_val_loaders(get(sampler, batch_size), method)
         if not loaders:
             raise ContractError(
                 f"{type(attempt.module).__name__}.{method}() returned no dataloader: implement it to use"

@@ -1,0 +1,66 @@
+"""Several ranks train what one process trains: weights, losses, metrics, outputs, and one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.ranks import StartRanks
+from support.shared_runs import CASES, train
+from support.training import read_journal
+
+from events.messages import RunStarted, TrainStepEnded
+
+PROGRAM = """
+import os, sys, torch
+from pathlib import Path
+from support.shared_runs import CASES, train
+from support.training import read_journal
+
+found = [train(CASES[number], Path("run-%d" % number)) for number in {numbers!r}]
+torch.save(found, f"found-{{os.environ['RANK']}}.pt")
+"""
+EXPECTED = ("train_step() returned None", "find_unused_parameters=True was specified")
+
+
+def check_same(alone: dict[str, Any], found: dict[str, Any], what: object) -> None:
+    assert found["steps"] == alone["steps"], what
+    assert (found["weights"] - alone["weights"]).abs().max() < 1e-12, what
+    assert found["metrics"].keys() == alone["metrics"].keys(), what
+    for name, value in alone["metrics"].items():
+        assert found["metrics"][name] == pytest.approx(value, rel=1e-12, abs=1e-12), (what, name)
+    for name in ("validated", "trained"):  # in order, without duplicates
+        assert len(found[name]) == len(alone[name]), what
+        assert all(torch.equal(one, other) for one, other in zip(found[name], alone[name], strict=True)), (what, name)
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(("world_size", "numbers"), [(2, range(len(CASES))), (4, (0, 2, 3, 6, 7))])
+def test_ranks_train_what_one_process_trains(
+    ranks: StartRanks, tmp_path: Path, world_size: int, numbers: tuple[int, ...]
+) -> None:
+    """In float64, for numbers of rows that leave ranks without a block, and whatever a module does with its batches."""
+    numbers = tuple(numbers)
+    started = ranks(PROGRAM.format(numbers=numbers), world_size)
+    alone = [train(CASES[number], tmp_path / f"alone-{number}", strategy="single") for number in numbers]
+    started.end().check(*EXPECTED)
+    everyone = [torch.load(tmp_path / f"found-{rank}.pt", weights_only=False) for rank in range(world_size)]
+    for rank, found in enumerate(everyone):
+        for number, one, other in zip(numbers, alone, found, strict=True):
+            check_same(one, other, (rank, CASES[number]))
+            assert other["run_id"] == everyone[0][numbers.index(number)]["run_id"]
+            assert other["folder"] == str(tmp_path / f"run-{number}")
+    folder = tmp_path / "run-0"
+    events = read_journal(folder)
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))  # one history, of rank 0
+    assert {(event.rank, event.attempt) for event in events} == {(0, 1)}
+    steps = [event for event in events if isinstance(event, TrainStepEnded)]
+    before = read_journal(tmp_path / "alone-0")
+    losses = [event.loss for event in before if isinstance(event, TrainStepEnded)]
+    assert [step.loss for step in steps] == pytest.approx(losses, rel=1e-12)  # of all ranks, at every step
+    assert [step.rows for step in steps[:13]] == [16] * 12 + [11]
+    assert sum(isinstance(event, RunStarted) for event in events) == 1
+    assert json.loads((folder / "arguments.json").read_text())["strategy"] == "ddp"

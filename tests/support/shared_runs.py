@@ -1,0 +1,152 @@
+"""Runs that must give the same on one rank and on several."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from events.protocol import RunResult
+from trainer import ModuleInterface, Trainer, TrainerArguments
+from trainer.distributed import Ddp
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What to train, and how."""
+
+    rows: int = 203
+    micro: int = 4
+    batch: int = 16
+    clips: bool = False
+    weighs: bool = False
+    """Whether the module has a ``batch_weight``: half of the batches count three times, and some nothing."""
+    leaves: int = 0
+    """`train_step` returns None for batches whose first row is below this."""
+    drops_last: bool = False
+    in_lists: bool = False
+    """Whether the data are lists of batches instead of dataloaders with the given sampler."""
+    unused: bool = False
+    """Whether a parameter is used in some batches only."""
+    closure: bool = False
+    """Whether the optimizer is L-BFGS."""
+    epochs: int = 2
+
+    def arguments(self, **more: Any) -> TrainerArguments:
+        strategy = Ddp(find_unused_parameters=True) if self.unused else "ddp"
+        return TrainerArguments(
+            **{
+                "epochs": self.epochs,
+                "train_batch_size": self.batch,
+                "gpu_batch_size_limit": self.micro,
+                "val_batch_size": 8,
+                "seed": 1,
+                "clip_grads": self.clips,
+                "strategy": strategy,
+                **more,
+            }
+        )
+
+
+class Classifier(ModuleInterface):
+    """A small network in float64, which logs in its steps and keeps what its hooks get."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.case = case
+        self.x = torch.randn(case.rows, 12, generator=generator, dtype=torch.float64)
+        self.y = torch.randint(4, (case.rows,), generator=generator)
+        self.first, self.second = nn.Linear(12, 32).double(), nn.Linear(32, 4).double()
+        self.extra = nn.Linear(12, 4).double() if case.unused else None
+        for number, parameter in enumerate(self.parameters()):
+            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
+        self.validated: list[torch.Tensor] = []
+        self.trained: list[torch.Tensor] = []
+        if case.weighs:
+            self.batch_weight = self._batch_weight  # type: ignore[method-assign]
+
+    def _batch_weight(self, batch: Any) -> float:
+        return float(int(batch[2][0]) % 3 if len(batch[2]) else 0)
+
+    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+        if self.case.closure:
+            return [torch.optim.LBFGS(self.parameters(), max_iter=3, line_search_fn="strong_wolfe")], []
+        return [torch.optim.AdamW(self.parameters(), lr=1e-2)], []
+
+    def loader(self, sampler: Any, size: int, *, drops: bool) -> Any:
+        data = TensorDataset(self.x, self.y, torch.arange(self.case.rows))
+        loader = DataLoader(data, batch_size=size, sampler=sampler(data), drop_last=drops)
+        return [data[i : i + size] for i in range(0, len(data), size)] if self.case.in_lists else loader
+
+    def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+        return self.loader(sampler, batch_size, drops=self.case.drops_last)
+
+    def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+        return {name: self.loader(sampler, batch_size, drops=False) for name in ("a", "b")}
+
+    get_test_dataloaders = get_val_dataloaders
+
+    def losses(self, batch: Any) -> torch.Tensor:
+        logits = self.second(torch.tanh(self.first(batch[0])))
+        if self.extra is not None and int(batch[2][0]) % 2:
+            logits = logits + self.extra(batch[0])
+        return nn.functional.cross_entropy(logits, batch[1], reduction="none")
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        if int(batch[2][0]) < self.case.leaves:
+            return None
+        losses = self.losses(batch)
+        return losses.mean(), batch[2]
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        losses = self.losses(batch)
+        self.log("worst", losses.max(), reduce="max")
+        self.log("total", losses.sum(), reduce="sum")
+        self.log("mean", losses.mean())
+        return losses.mean(), batch[2]
+
+    test_step = val_step
+
+    def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+        self.validated.append(outputs[1])
+
+    def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
+        self.trained.append(outputs[1])
+
+
+def train(case: Case, folder: Path, **more: Any) -> dict[str, Any]:
+    """Train, and return all that must be the same."""
+    module = Classifier(case)
+    result = Trainer(module, case.arguments(**more), sinks=[], checkpoints=False, run_dir=folder).train()
+    return found(module, result)
+
+
+def found(module: Classifier, result: RunResult) -> dict[str, Any]:
+    """Return what a run has left."""
+    return {
+        "weights": torch.cat([value.flatten() for value in module.state_dict().values()]),
+        "steps": result.global_step,
+        "metrics": result.metrics,
+        "validated": module.validated,
+        "trained": module.trained,
+        "folder": result.run_dir,
+        "run_id": result.run_id,
+    }
+
+
+CASES = [
+    Case(),
+    Case(rows=193, micro=8, clips=True),
+    Case(rows=3),  # ranks without a row
+    Case(weighs=True, leaves=60, clips=True, micro=2),
+    Case(rows=20, leaves=7),
+    Case(drops_last=True),
+    Case(rows=77, in_lists=True),
+    Case(unused=True),
+    Case(rows=50, closure=True, epochs=1),
+]

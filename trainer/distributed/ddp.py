@@ -1,0 +1,146 @@
+"""torch's DistributedDataParallel around a module."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.distributed.options import Ddp
+from trainer.distributed.strategy import Share
+from trainer.errors import ArgumentsError, add_note
+from trainer.hooks.collate import as_tuple
+from trainer.module_interface import ModuleInterface
+
+
+class DdpStrategy:
+    """See `Strategy`.
+
+    A parameter of two numbers, whose gradient is averaged along with the module's, carries the weight and the loss of a
+    step to all ranks, without a message of its own.
+    """
+
+    def __init__(self, module: ModuleInterface, options: Ddp) -> None:
+        self._module = module
+        self._options = options
+        if options.sync_batch_norm:
+            _convert_batch_norms(module)
+        self._wrap()
+
+    def _wrap(self) -> None:
+        self._trained = [one for one in self._module.parameters() if one.requires_grad]
+        if not self._trained:
+            raise ArgumentsError(
+                "strategy='ddp' needs a module with a parameter that requires a gradient; set strategy='single'"
+            )
+        self._inner = _Measured(self._module, self._trained[0])
+        self._tally = self._inner.tally
+        options = self._options
+        self._ddp = DistributedDataParallel(
+            self._inner,
+            # Without device_ids: the module moves its batches itself.
+            find_unused_parameters=options.find_unused_parameters,
+            bucket_cap_mb=options.bucket_cap_mb,
+            gradient_as_bucket_view=True,
+        )
+        self._parts: dict[float, torch.Tensor] = {}
+
+    def refresh(self) -> None:
+        trained = [id(one) for one in self._module.parameters() if one.requires_grad]
+        if trained != [id(one) for one in self._trained]:
+            self._wrap()
+
+    def forward(self, *args: Any) -> Any:
+        inner = self._inner
+        try:
+            self._ddp(*args)
+        except RuntimeError as error:
+            if "finished reduction" in str(error):
+                add_note(
+                    error,
+                    "stagecast: a step has left a parameter without a gradient; freeze it, or set"
+                    " strategy=Ddp(find_unused_parameters=True)",
+                )
+            raise
+        result, inner.result = inner.result, None
+        return result
+
+    def accumulating(self) -> contextlib.AbstractContextManager[object]:
+        return self._ddp.no_sync()
+
+    def skip(self, *, skips: bool) -> None:
+        self._inner.skips = skips
+
+    def backward(self, scaled: torch.Tensor | None, loss: torch.Tensor | None, part: float, *, last: bool) -> None:
+        roots: list[torch.Tensor] = []
+        gradients: list[torch.Tensor | None] = []
+        if scaled is not None:
+            roots.append(scaled)
+            gradients.append(None)
+        elif last and not self._options.find_unused_parameters:
+            roots += self._trained
+            gradients += [torch.zeros_like(one) for one in self._trained]
+        if last or part:
+            roots.append(self._tally)
+            gradients.append(self._measure(loss, part))
+        if roots:
+            torch.autograd.backward(roots, gradients)
+
+    def _measure(self, loss: torch.Tensor | None, part: float) -> torch.Tensor:
+        tally, weight = self._tally, self._parts.get(part)
+        if weight is None:
+            if len(self._parts) > 64:
+                self._parts.clear()
+            weight = self._parts[part] = torch.full((), part, dtype=tally.dtype, device=tally.device)
+        if loss is None or not part:
+            return torch.stack((weight, torch.zeros_like(weight)))
+        return torch.stack((weight, loss.reshape(()).to(tally.device, tally.dtype) * part))
+
+    def total(self) -> Share:
+        gradient, self._tally.grad = self._tally.grad, None
+        assert gradient is not None
+        weight, loss = gradient.unbind()
+        # On the CPU the gradients are complete, so that reading one waits for nothing.
+        return Share(float(weight) if weight.is_cpu else weight.clone(), loss.clone())
+
+    def sync_buffers(self) -> None:
+        for buffer in self._module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+class _Measured(nn.Module):
+    """The module as DistributedDataParallel calls it.
+
+    Attributes:
+        tally: The gradient is the weight and the loss of a step. Its elements are never read.
+        result: What the module has returned.
+        skips: The next pass is of a batch without weight.
+    """
+
+    def __init__(self, module: nn.Module, like: torch.Tensor) -> None:
+        super().__init__()
+        self.module = module
+        # Of the parameters' type, to share their messages; a count of rows needs more digits than bfloat16 has.
+        dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+        self.tally = nn.Parameter(torch.zeros(2, dtype=dtype, device=like.device))
+        self.result: Any = None
+        self.skips = False
+
+    def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """Return what DistributedDataParallel must search for unused parameters."""
+        self.result = result = self.module(*args)
+        searched = self.tally.view(2)  # a view, because a parameter itself has no graph
+        loss = None if result is None or self.skips else next(iter(as_tuple(result)), None)
+        return (loss, searched) if isinstance(loss, torch.Tensor) else (searched,)
+
+
+def _convert_batch_norms(module: ModuleInterface) -> None:
+    device = next((one.device for one in module.parameters()), torch.device("cpu"))
+    if device.type == "cpu":
+        raise ArgumentsError("Ddp(sync_batch_norm=True) needs an accelerator; set it to False on the CPU")
+    for name, child in module.named_children():
+        setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))  # type: ignore[no-untyped-call]

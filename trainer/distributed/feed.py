@@ -1,0 +1,163 @@
+"""The training data of one rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from events.log import logger
+from trainer.data.loaders import ShuffledSampler, fit_shard, loader_length
+from trainer.data.tensors import map_tensors
+from trainer.distributed.divided import RankBatches, batches_of_rank, divides_itself, division_of
+from trainer.errors import DataLoaderError
+from trainer.loop.boundary import Boundary
+from trainer.loop.feed import END, Feed, MicroBatch
+
+_COMPARED_BYTES = 4_096
+
+
+class RankFeed(Feed):
+    """Reads the training data of one rank, so that a step of all ranks has the rows of a step of one process."""
+
+    def __init__(self, boundary: Boundary) -> None:
+        super().__init__(boundary)
+        self._world = self._attempt.world
+        self._length: int | None = None  # micro-batches of the epoch on each rank
+        self._divides_itself = False
+        self._compared = False
+
+    def read(self) -> list[MicroBatch] | None:
+        number, group = self.taken, self._read_group()
+        if self._divides_itself and self._length is None:
+            group = self._up_to_shortest(group, number)
+        if not group:
+            return None
+        batches, ranks = self._batches, self._world.data_size
+        arguments, origin = self._attempt.arguments, self._attempt.origin
+        assert isinstance(batches, RankBatches)
+        total = None
+        if batches.rows is not None:
+            total = batches.shard.rows_of_all(batches.rows, number, len(group))
+        # Of a step whose weight only all ranks together know, the parts are of what is expected.
+        size = total if self._weigh is None and total else arguments.rows_of_step(origin.epoch, origin.global_step)
+        block = batches.shard.block
+        return [
+            one._replace(part=(block if one.weight is None else one.weight) * ranks / size, all_rows=total)
+            for one in group
+        ]
+
+    @property
+    def _count(self) -> int:
+        """Micro-batches of this rank in the next step."""
+        origin = self._attempt.origin
+        return self._accumulation or self._attempt.batching.accumulation_of(origin.epoch, origin.global_step)
+
+    def _read_group(self) -> list[MicroBatch]:
+        """Read the micro-batches of this rank's next step."""
+        attempt, weigh, count, batches = self._attempt, self._weigh, self._count, self._batches
+        assert batches is None or isinstance(batches, RankBatches)
+        attempt.phase = "the training dataloader"
+        attempt.ledger.enter("data")
+        group: list[MicroBatch] = []
+        while len(group) < count:
+            if batches is not None:
+                batches.is_ahead = self._counts_itself and bool(group)
+            is_over = batches is None or self.taken == self._length
+            batch = END if batches is None or is_over else next(batches, END)  # WAIT: data
+            if batch is END or batches is None:
+                self._position.used_up = True
+                self.note_generators()
+                break
+            if batches.is_dummy:
+                group.append(MicroBatch(batch, 0, 0.0, is_dummy=True))
+            else:
+                rows = self._rows_of(batch, self.taken)
+                group.append(MicroBatch(batch, rows, rows if weigh is None else weigh(batch)))
+            self.taken += 1
+        if batches is not None:
+            batches.is_ahead = False
+        return group
+
+    def _up_to_shortest(self, group: list[MicroBatch], number: int) -> list[MicroBatch]:
+        """Cut the last step to the micro-batches that every rank has; WAIT: for all ranks, to learn their number."""
+        if not self._compared:
+            self._compared = True
+            self._compare(group)
+        count = self._world.minimum(len(group))
+        if count < self._count:  # a rank has no further data
+            self._position.used_up = True
+            self._length = self.taken = number + count
+        return group[:count]
+
+    # ------------------------------------------------------------------------------------------- the dataloader
+
+    def _ask(self, epoch: int) -> Iterable[Any]:
+        loader = super()._ask(epoch)
+        fit_shard(loader, ShuffledSampler)
+        return loader
+
+    def _length_of(self, loader: Iterable[Any]) -> int | None:
+        """Return the micro-batches of each rank; those of the shortest if the loader divides the data itself."""
+        division = division_of(loader)
+        length = batches_of_rank(loader, division, self._world.data_size)
+        if division != "own":
+            return length
+        lengths = self._world.gather(length)
+        known = [one for one in lengths if one is not None]
+        if len(known) < len(lengths):
+            return None
+        shortest = min(known)
+        if not shortest:
+            raise DataLoaderError(
+                f"get_train_dataloader() gave rank {known.index(0)} no batch; give each rank a part of the data"
+            )
+        if shortest < max(known) and self._world.leads:
+            self._attempt.notice(
+                f"the ranks' dataloaders have different lengths ({min(known)} to {max(known)} batches): each epoch ends"
+                f" with the shortest, and the rest is left out"
+            )
+        return shortest
+
+    def _open(self, loader: Any, open_: Callable[[], Iterator[Any]]) -> RankBatches:
+        self._divides_itself = division_of(loader) == "own"
+        self._length = self._length_of(loader)
+        if self._divides_itself and not divides_itself(loader) and loader_length(loader) is not None:
+            self._warn_of_order_of_its_own(loader)
+        micro_batch = self._attempt.batching.micro_batch_of(self._attempt.origin.epoch)
+        return RankBatches(self._boundary, loader, open_, micro_batch)
+
+    def _warn_of_order_of_its_own(self, loader: Any) -> None:
+        if self._world.leads:
+            self._attempt.notice(
+                f"get_train_dataloader() returned a {type(loader).__name__} that does not use the given sampler: each"
+                f" of the {self._world.data_size} ranks trains on all that its own one gives; use the sampler, or"
+                f" divide the data by rank"
+            )
+
+    def _compare(self, group: list[MicroBatch]) -> None:
+        """Warn if ranks that read data of their own have read the same. Once per run."""
+        found = self._world.gather(_digest(group[0].batch) if group else None)
+        if self._world.leads and len({one for one in found if one is not None}) < sum(one is not None for one in found):
+            logger.warning(
+                "get_train_dataloader() gives several ranks the same data; divide it by the rank, which the environment"
+                " variables RANK and WORLD_SIZE hold"
+            )
+
+
+def _digest(batch: Any) -> str | None:
+    """Identify a batch by its host tensors; None if it has none."""
+    digest, count = hashlib.blake2b(digest_size=16), 0
+
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        if tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested:
+            flat = tensor.detach().reshape(-1)[:_COMPARED_BYTES]
+            digest.update(repr(flat.tolist()).encode())
+            count += 1
+        return tensor
+
+    map_tensors(add, batch)
+    return digest.hexdigest() if count else None

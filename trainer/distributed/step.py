@@ -1,0 +1,106 @@
+"""One optimizer step of all ranks together."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from trainer.data.rows import no_weight, sum_of
+from trainer.distributed.strategy import Strategy
+from trainer.hooks.capture import Capture
+from trainer.loop.boundary import Boundary
+from trainer.loop.feed import MicroBatch
+from trainer.loop.optimization import Optimization
+from trainer.loop.step import Computed, Outputs, Step, StepOutcome
+
+_EXACT = 1e-6
+"""Maximum distance from 1 at which the parts of a step count as complete: the gradients need no correction."""
+
+
+class RankStep(Step):
+    """Takes the optimizer steps of a module that is distributed: gradients, loss and weight are those of all ranks."""
+
+    def __init__(
+        self, boundary: Boundary, optimization: Optimization, capture: Capture, strategy: Strategy, *, clears: bool
+    ) -> None:
+        super().__init__(boundary, optimization, capture, clears=clears)
+        self._strategy = strategy
+        self._call = strategy.forward
+        self._step_weight: float | torch.Tensor | None = None
+        self._places: list[int] = []  # of the micro-batches that have a loss
+        self._last = True
+
+    def _measure(self, outcome: StepOutcome, group: list[MicroBatch]) -> None:
+        outcome.weight, outcome.places = self._step_weight, self._places
+
+    def _micro_steps(self, group: list[MicroBatch], keep: bool) -> Computed | None:
+        """The micro-batches of one step; WAIT: in the backward pass of the last one, for all ranks.
+
+        Those without a loss stay in ``group``: a repeated evaluation of it needs as many passes on each rank.
+        """
+        outputs: list[Outputs] = []
+        self._places = []
+        has_loss, recorder = False, self._attempt.recorder
+        for i, one in enumerate(group):
+            self._last = i + 1 == len(group)
+            context = contextlib.nullcontext() if self._last else self._strategy.accumulating()
+            with context:
+                self._strategy.skip(skips=not one.part and not one.is_dummy)
+                logged = len(recorder.values)
+                if (computed := self._micro_step(one, one.part, i)) is None:
+                    self._strategy.backward(None, None, 0.0, last=self._last)
+                elif not one.is_dummy:
+                    has_loss = True
+                    outputs.append(computed[1])
+                    self._places.append(i)
+                if one.is_dummy:
+                    del recorder.values[logged:]
+        weight, loss = self._strategy.total()
+        if isinstance(weight, float):
+            if not self._is_counted(weight, has_loss):
+                return None
+            if abs(weight - 1) > _EXACT:
+                self._optimization.scale_gradients(1 / weight)
+                loss = loss / weight
+        else:
+            # SYNC: the loop must know whether any rank has a loss; those that have one do know.
+            if not has_loss and not self._is_counted(float(weight), has_loss):
+                return None
+            self._optimization.scale_gradients(1 / weight)
+            loss = loss / weight
+        return loss, self._rows(group, weight), outputs if keep else None
+
+    def _is_counted(self, weight: float, has_loss: bool) -> bool:
+        """Whether the step has a weight on any rank."""
+        if weight:
+            return True
+        if has_loss:
+            raise no_weight(self._module, self._attempt.origin.global_step + 1)
+        return False
+
+    def _rows(self, group: list[MicroBatch], weight: float | torch.Tensor) -> int | None:
+        """Note the weight of the step on all ranks; return its rows."""
+        rows = group[0].all_rows
+        if self._weigh is None and rows is not None:
+            if isinstance(weight, float) and abs(weight - 1) > _EXACT:  # `train_step` returned None for the others
+                rows = round(rows * weight)
+            self._step_weight = rows
+            return rows
+        origin = self._attempt.origin
+        self._step_weight = weight * self._attempt.arguments.rows_of_step(origin.epoch, origin.global_step)
+        if rows is None and self._weigh is None and isinstance(self._step_weight, float):
+            return round(self._step_weight)
+        local = sum_of([one.rows for one in group])
+        return rows if rows is not None else None if local is None else local * self._attempt.world.data_size
+
+    def _backward(self, loss: torch.Tensor, one: MicroBatch, part: float | None) -> torch.Tensor:
+        detached, part = loss.detach(), part or 0.0
+        if not part and not one.is_dummy:  # the weight that the module gave it: its loss may be a mean over nothing
+            self._strategy.backward(None, None, 0.0, last=self._last)
+            return torch.zeros_like(detached)
+        # A dummy has a backward pass, because the module's own code may exchange gradients in it.
+        share = loss * part if part else torch.where(loss.isfinite(), loss, 0.0) * 0.0
+        scaled = share if self._attempt.precision.scaler is None else self._attempt.precision.scale(share)
+        self._strategy.backward(scaled.reshape(()), detached, part, last=self._last)
+        return share.detach()

@@ -1,0 +1,71 @@
+"""How a step of the loop uses the model: alone, or together with the other ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from trainer.distributed.options import Ddp
+from trainer.distributed.world import World
+from trainer.module_interface import ModuleInterface
+
+
+class Share(NamedTuple):
+    """What the micro-batches of a step add up to, over all ranks."""
+
+    weight: float | torch.Tensor
+    """Their parts of the step: 1 if all of its weight was known, and has a loss. A tensor on a device."""
+    loss: torch.Tensor
+    """The sum of their losses by their parts, a scalar ``()`` on the device."""
+
+
+class Strategy(Protocol):
+    """The ranks' common forward and backward passes. On the loop's thread."""
+
+    def forward(self, *args: Any) -> Any:
+        """Call the module in the training stage."""
+
+    def accumulating(self) -> contextlib.AbstractContextManager[object]:
+        """Keep the gradients of the passes in this block to this rank, until those of the next one."""
+        ...
+
+    def skip(self, *, skips: bool) -> None:
+        """Declare whether the next forward pass is of a batch without weight, which gets no backward pass."""
+
+    def backward(self, scaled: torch.Tensor | None, loss: torch.Tensor | None, part: float, *, last: bool) -> None:
+        """Compute the gradients of a micro-batch.
+
+        Args:
+            scaled: Its share of the loss, perhaps scaled for float16; None: it has no gradients.
+            loss: Its loss, detached; None without one.
+            part: Its part of the mean over the ranks.
+            last: It is the last of its step: the gradients become means over all ranks. WAIT: for all ranks.
+        """
+
+    def total(self) -> Share:
+        """Return what the micro-batches since the last call add up to."""
+        ...
+
+    def sync_buffers(self) -> None:
+        """Copy the buffers of rank 0, such as running statistics, to all ranks. WAIT: for all ranks."""
+
+    def refresh(self) -> None:
+        """Start over if other parameters are trained than before."""
+
+
+def prepare(module: ModuleInterface, world: World) -> Strategy | None:
+    """Wrap a module for the ranks of a run; afterwards all of them have rank 0's weights. None in a single process.
+
+    Raises:
+        ArgumentsError: The options do not fit the module or its device.
+    """
+    options = world.strategy
+    if options is None:
+        return None
+    assert isinstance(options, Ddp)
+    ddp: Any = importlib.import_module("trainer.distributed.ddp")
+    made: Strategy = ddp.DdpStrategy(module, options)
+    return made
