@@ -50,7 +50,8 @@ class WandB(Strict, frozen=True):
     rows, so it does not refuse late numbers. Texts are ``wandb.Html``. The summary contains the last values,
     ``stagecast/status`` and ``stagecast/reason``. W&B shows a stopped run as finished, a cancelled one as killed.
 
-    All attempts at a run are one W&B run, which also contains superseded steps.
+    All attempts at a run are one W&B run, which also contains superseded steps. Its config also has the command line,
+    the git commit and the host of the run, because the sink may be in another process.
 
     An existing W&B run is joined instead: ``wandb.run`` if ``wandb.init()`` was called in this process (the caller
     ends it), ``id``, or ``WANDB_RUN_ID``, which the agent of a sweep sets, too (with ``WANDB_RESUME``).

@@ -87,6 +87,12 @@ def test_the_commit_is_that_of_the_modules_source(repository: Path, monkeypatch:
     assert state == (head_of(outer), True)
 
 
+def test_the_working_directory_need_not_exist(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (repository.parent / "elsewhere").rmdir()
+    assert state_of(repository, monkeypatch).commit is not None
+    assert GitLookup(type("Here", (), {"__module__": "no_such_module"})).result() == (None, None)
+
+
 def test_a_class_without_a_file_has_the_commit_of_the_working_directory(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +131,8 @@ def test_a_repository_of_another_user_is_a_warning(repository: Path, monkeypatch
     with collecting(warned):
         assert state_of(repository, monkeypatch) == (None, None)
     (text,) = [one.message for one in warned]
-    assert text.startswith("the git commit is not recorded: fatal: ")
+    assert text.startswith("the git commit is not recorded: ")
+    assert str(repository) in text
     assert text.endswith(f"; run git status in {repository}")
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +78,9 @@ class GitLookup:
         if oids and oids[0] != "(initial)":
             self._state = GitState(oids[0], any(not line.startswith("#") for line in lines))
         elif not oids and errors:
-            self._problem = f"the git commit is not recorded: {errors[0]:.200}; run git status in {folder}"
+            self._problem = (
+                f"the git commit is not recorded: {errors[0].removeprefix('fatal: '):.200}; run git status in {folder}"
+            )
 
 
 def _repository_of(kind: type) -> str | None:
@@ -85,11 +88,18 @@ def _repository_of(kind: type) -> str | None:
 
     Without a repository git is not started: on macOS a missing one opens a dialog.
     """
+    return next(filter(_is_in_repository, _folders_of(kind)), None)
+
+
+def _folders_of(kind: type) -> Iterator[str]:
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    for folder in (os.path.dirname(os.path.abspath(file)) if isinstance(file, str) else None, os.getcwd()):
-        if folder is not None and any((one / ".git").exists() for one in (Path(folder), *Path(folder).parents)):
-            return folder
-    return None
+    if isinstance(file, str):
+        yield os.path.dirname(os.path.abspath(file))
+    yield os.getcwd()
+
+
+def _is_in_repository(folder: str) -> bool:
+    return any((one / ".git").exists() for one in (Path(folder), *Path(folder).parents))
 
 
 def _output(command: list[str], limit_s: float) -> tuple[str, str] | None:
