@@ -65,7 +65,7 @@ class Keeping(ModuleInterface):
         self.last: deque[float] = deque([0.5], maxlen=2)
         self.mean, self.calls, self.fixed = torch.zeros(4), 0, Fixed(a=1)
 
-    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int, epochs: int) -> Any:
         return [self.optimizer], [torch.optim.lr_scheduler.StepLR(self.optimizer, 3)]
 
     def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
@@ -178,7 +178,8 @@ def test_sizes_are_doubled_up_to_a_limit(options: dict[str, Any], size: int, tri
     step = net.own_train_step
     assert step is not None
     net.own_train_step = lambda net, at, batch: seen.append(len(batch[0])) or step(net, at, batch)  # type: ignore[func-returns-value]
-    assert find_batch_size(net, arguments(), **{"steps": 1} | options) == size
+    wanted: dict[str, Any] = {"steps": 1, **options}
+    assert find_batch_size(net, arguments(), **wanted) == size
     assert seen == tried
 
 
