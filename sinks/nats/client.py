@@ -34,6 +34,8 @@ ANSWER_S = 10.0
 _PING_S = 10
 _MOST_PINGS = 2
 _CREDS_BYTES = 2**16
+_GATHER_S = 0.1
+"""Maximum seconds for which a message waits for others that are read with it."""
 _CONSUMER_S = 300.0
 """Seconds without a request after which the server removes a consumer."""
 
@@ -248,12 +250,16 @@ class Messages:
         """
         if self._client.is_lost:
             raise ConnectionError(f"the NATS server at {self._client.address.server} has closed the connection")
+        found: list[Msg] = []
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
         try:
             if self._subscription is None:
                 self._subscription = await self._subscribe()
-            found: list[Msg] = await self._subscription.fetch(most, timeout=timeout_s)
-        except TimeoutError:
-            return []
+            while not found and (left_s := deadline - loop.time()) > 0:
+                with contextlib.suppress(TimeoutError):
+                    # Once it has one message it waits for others as long as it may.
+                    found = await self._subscription.fetch(most, timeout=min(left_s, _GATHER_S))
         except (Error, OSError) as error:
             await self.close()
             raise ConnectionError(f"the NATS server at {self._client.address.server}: {_reason(error)}") from None

@@ -211,6 +211,7 @@ def test_imports_point_in_one_direction(package: str, never: str) -> None:
 ADAPTERS = {
     *(f"sinks/live/{name}.py" for name in ("access", "responses", "app", "client", "protocols", "server")),
     "sinks/nats/client.py",
+    "sinks/nats/mirror.py",
     "sinks/nats/publisher.py",
     "sinks/trackers/otlp_export.py",
     "trainer/remote/address.py",

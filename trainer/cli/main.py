@@ -256,10 +256,15 @@ def _add_readers(commands: _Commands) -> None:
         "show runs live in a browser",
         "The page shows a run, or all runs in a folder, live or after their end. The server reads their journals, so it"
         " may be started and stopped at any time. The printed link contains the token that clients need: that of the"
-        " environment variable STAGECAST_TOKEN, or a new one. Other machines are only served with STAGECAST_TOKEN.",
+        " environment variable STAGECAST_TOKEN, or a new one. Other machines are only served with STAGECAST_TOKEN."
+        " Runs with the sink NATS are shown from anywhere: stagecast watch nats://HOST[/RUN].",
     )
     watch.add_argument(
-        "folder", nargs="?", default="runs", metavar="FOLDER", help="a run folder, or a folder of them (default: runs)"
+        "folder",
+        nargs="?",
+        default="runs",
+        metavar="FOLDER",
+        help="a run folder, a folder of them, or the address of a NATS server (default: runs)",
     )
     watch.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1 (only this machine)")
     watch.add_argument(

@@ -1,10 +1,14 @@
-"""``stagecast watch``: the page of a run, or of all runs in a folder."""
+"""``stagecast watch``: the page of a run, or of all runs in a folder or on a NATS server."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
+import tempfile
 from pathlib import Path
 
-from events.errors import RunFolderError
+from events.errors import ArgumentsError, RunFolderError
 from events.sink import require
 from trainer.cli.text import echo
 
@@ -13,13 +17,17 @@ def watch(folder: str, host: str, port: int, *, commands: bool, origins: list[st
     """Serve until a signal arrives; returns the exit code.
 
     Args:
+        folder: Or the address of a NATS server, with or without a run.
         no_token: Serve clients without a token; otherwise they need that of ``STAGECAST_TOKEN``, or a new one.
 
     Raises:
         RunFolderError: There is no such folder.
+        ArgumentsError: It is the address of a NATS server, and not valid.
+        ConnectionError: No NATS server answers there.
         SinkMisconfigured: A package is missing, the address cannot be served, or it needs a token.
     """
-    if not Path(folder).is_dir():
+    is_nats = folder.lower().startswith(("nats://", "tls://"))
+    if not is_nats and not Path(folder).is_dir():
         raise RunFolderError(f"{folder} is not a folder; name a run folder, or a folder of run folders")
     for package in ("starlette", "uvicorn", "websockets"):
         require(package, "live", "stagecast watch")
@@ -29,9 +37,31 @@ def watch(folder: str, host: str, port: int, *, commands: bool, origins: list[st
 
     token = choose_token(False if no_token else None, host)
     listening = bind(host, port)
-    server = Server(RunsOfFolder(Path(folder)), listening, host, token=token, commands=commands, origins=origins)
-    who = "Anyone with this link" if token is not None else "Every user of this machine"
-    may = "may watch, stop and pause the runs" if commands else "may watch the runs (--commands: and stop them)"
-    echo(f"{folder} can be watched at {server.link}", f"{who} {may}. Ctrl-C stops the server, not the runs.")
-    server.run()
+    with contextlib.ExitStack() as stack:
+        stack.callback(listening.close)
+        shown, path = (folder, folder) if not is_nats else _mirror(folder, stack)
+        server = Server(RunsOfFolder(Path(path)), listening, host, token=token, commands=commands, origins=origins)
+        who = "Anyone with this link" if token is not None else "Every user of this machine"
+        may = "may watch, stop and pause the runs" if commands else "may watch the runs (--commands: and stop them)"
+        echo(f"{shown} can be watched at {server.link}", f"{who} {may}. Ctrl-C stops the server, not the runs.")
+        server.run()
     return 0
+
+
+def _mirror(url: str, stack: contextlib.ExitStack) -> tuple[str, str]:
+    """Copy the runs of a NATS server to a temporary folder as long as the stack lasts; return its address and path."""
+    require("nats", "nats", "stagecast watch")
+    from sinks.nats.address import NatsAddress
+    from sinks.nats.mirror import NatsMirror
+
+    try:
+        address = NatsAddress.of(url)
+    except ValueError as error:
+        raise ArgumentsError(str(error)) from None
+    # The server raises a signal again when it has stopped; then the folder is removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    path = stack.enter_context(tempfile.TemporaryDirectory(prefix="stagecast-nats-", ignore_cleanup_errors=True))
+    mirror = NatsMirror(address, Path(path))
+    mirror.start()
+    stack.callback(mirror.stop)
+    return address.server, path
