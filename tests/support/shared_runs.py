@@ -34,6 +34,8 @@ class Case:
     """Whether a parameter is used in some batches only."""
     closure: bool = False
     """Whether the optimizer is L-BFGS."""
+    manual: bool = False
+    """Whether the module applies its losses itself: two of them, each to a part of its parameters."""
     epochs: int = 2
 
     def arguments(self, **more: Any) -> TrainerArguments:
@@ -67,6 +69,7 @@ class Classifier(ModuleInterface):
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
         self.validated: list[torch.Tensor] = []
         self.trained: list[torch.Tensor] = []
+        self.manual_optimization = case.manual
         if case.weighs:
             self.batch_weight = self._batch_weight  # type: ignore[method-assign]
 
@@ -74,6 +77,9 @@ class Classifier(ModuleInterface):
         return float(int(batch[2][0]) % 3 if len(batch[2]) else 0)
 
     def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+        if self.case.manual:
+            parts = self.first, self.second
+            return [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in parts], []
         if self.case.closure:
             return [torch.optim.LBFGS(self.parameters(), max_iter=3, line_search_fn="strong_wolfe")], []
         return [torch.optim.AdamW(self.parameters(), lr=1e-2)], []
@@ -101,6 +107,10 @@ class Classifier(ModuleInterface):
         if int(batch[2][0]) < self.case.leaves:
             return None
         losses = self.losses(batch)
+        if self.case.manual:
+            self.optimize(losses.mean(), 0)
+            losses = self.losses(batch)
+            self.optimize(losses.mean(), 1)
         return losses.mean(), batch[2]
 
     def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
@@ -149,4 +159,5 @@ CASES = [
     Case(rows=77, in_lists=True),
     Case(unused=True),
     Case(rows=50, closure=True, epochs=1),
+    Case(rows=37, manual=True, micro=16, clips=True),
 ]

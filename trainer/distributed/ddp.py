@@ -17,12 +17,81 @@ from trainer.hooks.collate import as_tuple
 from trainer.module_interface import ModuleInterface
 
 
+class ManualDdp:
+    """The ranks of a module with ``manual_optimization``, which runs its backward passes within its forward pass.
+
+    The gradients of each update are averaged in one message after its backward pass.
+    """
+
+    part = 1.0
+
+    def __init__(self, module: ModuleInterface, options: Ddp) -> None:
+        self._module = module
+        self.forward = module
+        if options.sync_batch_norm:
+            _convert_batch_norms(module)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                dist.broadcast(parameter, 0)
+        self.sync_buffers()
+
+    def accumulating(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def skip(self, *, skips: bool) -> None:
+        pass
+
+    def refresh(self) -> None:
+        pass
+
+    def backward(self, scaled: torch.Tensor | None, loss: torch.Tensor | None, part: float, *, last: bool) -> None:
+        raise NotImplementedError  # the module does it
+
+    def total(self) -> Share:
+        raise NotImplementedError  # as above
+
+    def mean(self, loss: torch.Tensor | None, part: float) -> Share:
+        device = next(self._module.parameters()).device if loss is None else loss.device
+        both = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        if loss is not None and part:
+            both[0], both[1] = part, loss.reshape(()) * part
+        dist.all_reduce(both)
+        weight, total = both.unbind()
+        mean = total / weight
+        return Share(weight / dist.get_world_size(), mean if loss is None else mean.to(loss.dtype))
+
+    def average(self, parameters: list[nn.Parameter], loss: torch.Tensor, part: float) -> torch.Tensor:
+        weight, mean = self.mean(loss, part)
+        # A parameter without a gradient on any rank must stay without one: weight decay would move it.
+        there = torch.tensor([one.grad is not None for one in parameters], dtype=torch.float32, device=loss.device)
+        dist.all_reduce(there)
+        used = [one for one, ranks in zip(parameters, there.tolist(), strict=True) if ranks]  # SYNC: as in `mean`
+        groups: dict[torch.dtype, list[nn.Parameter]] = {}
+        for one in used:
+            if one.grad is None:
+                one.grad = torch.zeros_like(one)
+            groups.setdefault(one.dtype, []).append(one)
+        for group in groups.values():
+            gradients = [one.grad.to_dense().reshape(-1) for one in group if one.grad is not None]
+            joined = torch.cat(gradients)
+            dist.all_reduce(joined)
+            joined /= weight * dist.get_world_size()
+            for one, gradient in zip(group, torch.split(joined, [one.numel() for one in group]), strict=True):
+                one.grad = gradient.view_as(one)
+        return mean
+
+    def sync_buffers(self) -> None:
+        _sync_buffers(self._module)
+
+
 class DdpStrategy:
     """See `Strategy`.
 
     A parameter of two numbers, whose gradient is averaged along with the module's, carries the weight and the loss of a
     step to all ranks, without a message of its own.
     """
+
+    part = 1.0
 
     def __init__(self, module: ModuleInterface, options: Ddp) -> None:
         self._module = module
@@ -107,9 +176,19 @@ class DdpStrategy:
         # On the CPU the gradients are complete, so that reading one waits for nothing.
         return Share(float(weight) if weight.is_cpu else weight.clone(), loss.clone())
 
+    def mean(self, loss: torch.Tensor | None, part: float) -> Share:
+        raise NotImplementedError  # `total` has it
+
+    def average(self, parameters: list[nn.Parameter], loss: torch.Tensor, part: float) -> torch.Tensor:
+        raise NotImplementedError  # `backward` does it
+
     def sync_buffers(self) -> None:
-        for buffer in self._module.buffers():
-            dist.broadcast(buffer, 0)
+        _sync_buffers(self._module)
+
+
+def _sync_buffers(module: nn.Module) -> None:
+    for buffer in module.buffers():
+        dist.broadcast(buffer, 0)
 
 
 class _Measured(nn.Module):

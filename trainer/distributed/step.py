@@ -34,6 +34,25 @@ class RankStep(Step):
     def _measure(self, outcome: StepOutcome, group: list[MicroBatch]) -> None:
         outcome.weight, outcome.places = self._step_weight, self._places
 
+    def _check_weight(self, group: list[MicroBatch]) -> None:
+        """A weight of 0 on this rank is that of the step only if no other rank has one: see `_is_counted`."""
+
+    def _by_module(self, group: list[MicroBatch], keep: bool) -> StepOutcome:
+        """One call of `train_step` on each rank; WAIT: in each of its updates, and for the step's loss."""
+        one, recorder = group[0], self._attempt.recorder
+        self._strategy.part, logged = one.part, len(recorder.values)
+        outcome = super()._by_module(group, keep and not one.is_dummy)
+        if one.is_dummy:
+            del recorder.values[logged:]
+        has_loss = outcome.loss is not None and not one.is_dummy
+        weight, loss = self._strategy.mean(outcome.loss, one.part if has_loss else 0.0)
+        if self._is_counted(float(weight), has_loss):  # SYNC: as in `_micro_steps`
+            outcome.loss, outcome.skipped = loss, None
+        outcome.rows, self._places = self._rows(group, weight), [0] if has_loss else []
+        if keep and outcome.outputs is None:
+            outcome.outputs = []
+        return outcome
+
     def _micro_steps(self, group: list[MicroBatch], keep: bool) -> Computed | None:
         """The micro-batches of one step; WAIT: in the backward pass of the last one, for all ranks.
 
@@ -49,6 +68,7 @@ class RankStep(Step):
                 self._strategy.skip(skips=not one.part and not one.is_dummy)
                 logged = len(recorder.values)
                 if (computed := self._micro_step(one, one.part, i)) is None:
+                    self._optimization.release_gradients()
                     self._strategy.backward(None, None, 0.0, last=self._last)
                 elif not one.is_dummy:
                     has_loss = True

@@ -23,7 +23,13 @@ class Share(NamedTuple):
 
 
 class Strategy(Protocol):
-    """The ranks' common forward and backward passes. On the loop's thread."""
+    """The ranks' common forward and backward passes. On the loop's thread.
+
+    Attributes:
+        part: Of a module that runs its own backward passes: the part of the present batch in the mean over the ranks.
+    """
+
+    part: float
 
     def forward(self, *args: Any) -> Any:
         """Call the module in the training stage."""
@@ -49,6 +55,14 @@ class Strategy(Protocol):
         """Return what the micro-batches since the last call add up to."""
         ...
 
+    def mean(self, loss: torch.Tensor | None, part: float) -> Share:
+        """Return the sum of the parts, and the mean of the losses by their parts. WAIT: for all ranks."""
+        ...
+
+    def average(self, parameters: list[torch.nn.Parameter], loss: torch.Tensor, part: float) -> torch.Tensor:
+        """Make the gradients of a weighted loss means over all ranks; return the mean loss. WAIT: for all ranks."""
+        ...
+
     def sync_buffers(self) -> None:
         """Copy the buffers of rank 0, such as running statistics, to all ranks. WAIT: for all ranks."""
 
@@ -67,5 +81,5 @@ def prepare(module: ModuleInterface, world: World) -> Strategy | None:
         return None
     assert isinstance(options, Ddp)
     ddp: Any = importlib.import_module("trainer.distributed.ddp")
-    made: Strategy = ddp.DdpStrategy(module, options)
+    made: Strategy = (ddp.ManualDdp if module.manual_optimization else ddp.DdpStrategy)(module, options)
     return made

@@ -168,8 +168,6 @@ class CallbackHooks:
         self.inline: dict[type[Event], InlineHook] = {}
         self.observed: dict[type[Event], Hook] = {}
         self.fenced: set[type[Event]] = set()
-        self.left: frozenset[type[Event]] = frozenset()
-        """The events for which rank 0 alone has a hook that takes outputs: those of this rank, too."""
         for name, hook in overridden_hooks(callback).items():
             if name not in hooks:
                 continue
@@ -184,15 +182,19 @@ class CallbackHooks:
                 if lane is Lane.FENCED:
                     self.fenced.add(kind)
 
-    def leave_observers(self) -> None:
+    def leave_observers(self) -> set[type[Event]]:
         """Keep the hooks for which the loop waits: those that only observe run on rank 0, unless the delivery says all.
 
         The ranks would otherwise write the same files, and report the same numbers.
+
+        Returns:
+            The events for which rank 0 then has a hook that takes outputs, and this rank has none.
         """
-        if self.delivery.ranks == "first":
-            left = {kind: hook for kind, hook in self.observed.items() if kind not in self.fenced}
-            self.left = frozenset(kind for kind, hook in left.items() if wants_outputs(hook))
-            self.observed = {kind: hook for kind, hook in self.observed.items() if kind in self.fenced}
+        if self.delivery.ranks == "all":
+            return set()
+        left = {kind: hook for kind, hook in self.observed.items() if kind not in self.fenced}
+        self.observed = {kind: hook for kind, hook in self.observed.items() if kind in self.fenced}
+        return {kind for kind, hook in left.items() if wants_outputs(hook)}
 
     @property
     def kind(self) -> str:
@@ -270,6 +272,8 @@ class HookTable:
         }
         self.beyond = {name: [c.beyond[name] for c in self.callbacks if name in c.beyond] for name in BEYOND_CONTRACT}
         """Hooks of `BEYOND_CONTRACT`, by name."""
+        self.left: set[type[Event]] = set()
+        """The events for which only rank 0 has a hook that takes outputs: those of this rank, too."""
         self.fenced: dict[type[Event], list[str]] = {}
         """Names of the observers that the loop waits for, by event; set once they are subscribed."""
 

@@ -187,7 +187,7 @@ class Boundary:
         """
         callbacks = self.attempt.hooks.wanting_outputs(kind)
         if not callbacks:
-            if any(kind in one.left for one in self.attempt.hooks.callbacks):
+            if kind in self.attempt.hooks.left:
                 return EpochOutputs(limit_bytes, f"rank 0's {hook}", self.attempt.notice, lambda error: None)
             return None
 

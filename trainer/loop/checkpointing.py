@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterable
@@ -67,7 +68,11 @@ class Checkpointing:
         self._snapshots: list[Snapshot] = []  # unreleased ones, and the last one
         self._last_place: tuple[Any, ...] = ()
         self._failures = 0
-        self._ranks = RankStates(attempt.world) if settings and attempt.world.size > 1 else None
+
+    @functools.cached_property
+    def _ranks(self) -> RankStates | None:
+        world = self._attempt.world
+        return RankStates(world) if self.settings is not None and world.size > 1 else None
 
     @property
     def enabled(self) -> bool:

@@ -137,8 +137,7 @@ class ManualSteps:
                 skipped = self._skipped
             else:
                 assert loss is not None
-                self._backward(loss, retain_graph)
-                loss = loss.detach()
+                loss = self._backward(loss, retain_graph, chosen)
                 attempt.phase = "the optimizer step"
                 self._gate()  # the device waits for a copy of the tensors that the optimizer changes
                 grad_norm, found, skipped = optimization.update(chosen, loss)
@@ -172,9 +171,9 @@ class ManualSteps:
                 self._attempt.device.type, dtype=torch.bfloat16, enabled=self._attempt.precision.enabled
             ):
                 loss = closure()
-            self._backward(loss, retain_graph=False)
+            loss = self._backward(loss, False, optimizer)
             self._attempt.phase = "the optimizer step"
-            first.append(loss.detach())
+            first.append(loss)
             return first[-1]
 
         done = self._optimization.step_with_closure(evaluate, [optimizer])
@@ -184,7 +183,11 @@ class ManualSteps:
         self._skipped = done.skipped
         return first[0]
 
-    def _backward(self, loss: Any, retain_graph: bool) -> None:
+    def _backward(self, loss: Any, retain_graph: bool, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """Compute the gradients of a loss; return it detached. With several ranks: means over them, for this optimizer.
+
+        WAIT: for all ranks.
+        """
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad or loss.is_complex():
             is_tensor = isinstance(loss, torch.Tensor)
             shown = f"a tensor of shape {tuple(loss.shape)}" if is_tensor and loss.numel() != 1 else f"{loss!r:.80}"
@@ -193,9 +196,17 @@ class ManualSteps:
             )
         self._attempt.phase = "backward"
         self._optimization.release_gradients()
-        self._attempt.precision.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-        self._on_backward(loss, self._backwards)
+        strategy = self._attempt.strategy
+        part = 1.0 if strategy is None else strategy.part
+        share = loss if strategy is None else loss * part if part else torch.where(loss.isfinite(), loss, 0.0) * 0.0
+        self._attempt.precision.scale(share).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        if part:
+            self._on_backward(loss, self._backwards)
         self._backwards += 1
+        if strategy is None:
+            return loss.detach()
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        return strategy.average(parameters, loss.detach(), part)
 
     def _note(self, grad_norm: torch.Tensor | None, found: torch.Tensor | None) -> None:
         if grad_norm is not None:

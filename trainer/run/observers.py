@@ -109,7 +109,7 @@ class Observers:
             check_state_keys(table.callbacks)
         for callback in table.callbacks:
             if self._info.rank and not isinstance(callback.callback, ModuleInterface):
-                callback.leave_observers()
+                table.left |= callback.leave_observers()
             if callback.observed:
                 types = {*callback.observed, *([CheckpointStaged] if callback.stateful else [])}
                 delivery = msgspec.structs.replace(callback.delivery, types=frozenset(types))
