@@ -41,6 +41,7 @@ from trainer.run.checks import (
     check_members,
     check_named,
     check_upload,
+    common_facts,
     members,
 )
 from trainer.run.context import RunContext
@@ -338,7 +339,9 @@ class Trainer:
             )
 
         with collecting([*self._warned, *place.warned]):
-            return make() if place.world.size == 1 else in_turn(make, place)
+            if place.world.size == 1:
+                return make()
+            return in_turn(make, place, common_facts(task, self.module, self.arguments, self._callbacks))
 
 
 def _whole(what: str, result: RunResult) -> RunResult:

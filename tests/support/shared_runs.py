@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from events.protocol import RunResult
-from trainer import ModuleInterface, Trainer, TrainerArguments
+from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
 from trainer.distributed import Ddp
+from trainer.errors import PeerFailed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,11 @@ class Case:
     """Whether the optimizer is L-BFGS."""
     manual: bool = False
     """Whether the module applies its losses itself: two of them, each to a part of its parameters."""
+    dropout: float = 0.0
     epochs: int = 2
 
     def arguments(self, **more: Any) -> TrainerArguments:
-        strategy = Ddp(find_unused_parameters=True) if self.unused else "ddp"
+        strategy = Ddp(find_unused_parameters=True) if self.unused else "auto"
         return TrainerArguments(
             **{
                 "epochs": self.epochs,
@@ -67,6 +70,7 @@ class Classifier(ModuleInterface):
         self.extra = nn.Linear(12, 4).double() if case.unused else None
         for number, parameter in enumerate(self.parameters()):
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
+        self.fails_at = 0
         self.validated: list[torch.Tensor] = []
         self.trained: list[torch.Tensor] = []
         self.manual_optimization = case.manual
@@ -98,12 +102,15 @@ class Classifier(ModuleInterface):
     get_test_dataloaders = get_val_dataloaders
 
     def losses(self, batch: Any) -> torch.Tensor:
-        logits = self.second(torch.tanh(self.first(batch[0])))
+        hidden = nn.functional.dropout(torch.tanh(self.first(batch[0])), self.case.dropout, self.training)
+        logits = self.second(hidden)
         if self.extra is not None and int(batch[2][0]) % 2:
             logits = logits + self.extra(batch[0])
         return nn.functional.cross_entropy(logits, batch[1], reduction="none")
 
     def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        if global_step == self.fails_at:
+            raise Boom(f"at step {global_step}")
         if int(batch[2][0]) < self.case.leaves:
             return None
         losses = self.losses(batch)
@@ -127,6 +134,26 @@ class Classifier(ModuleInterface):
 
     def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
         self.trained.append(outputs[1])
+
+
+class Boom(Exception):
+    """An error of the user's."""
+
+
+def start(case: Case, folder: Path) -> None:
+    """Train up to an error in step 8; the checkpoint of step 6 is in the middle of the first epoch."""
+    module = Classifier(case)
+    module.fails_at = 8
+    checkpoints = Checkpoints(every_steps=3, every_minutes=None)
+    with contextlib.suppress(Boom, PeerFailed):
+        Trainer(module, case.arguments(), sinks=[], checkpoints=checkpoints, run_dir=folder, run_id="run").train()
+
+
+def resume(case: Case, folder: Path, **more: Any) -> dict[str, Any]:
+    """Resume a run that `start` has begun, and return as `train`."""
+    module = Classifier(case)
+    result = Trainer(module, case.arguments(**more), sinks=[], run_dir=folder, run_id="run", resume="auto").train()
+    return found(module, result)
 
 
 def train(case: Case, folder: Path, **more: Any) -> dict[str, Any]:

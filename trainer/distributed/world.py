@@ -15,6 +15,7 @@ import torch
 from events.tracebacks import describe
 from trainer.arguments import TrainerArguments
 from trainer.distributed.options import Ddp
+from trainer.distributed.sharding import seed_for
 from trainer.errors import ArgumentsError, PeerFailed
 
 T = TypeVar("T")
@@ -127,9 +128,14 @@ class World:
     def check_equal(self, what: str, facts: Mapping[str, object]) -> None:
         """Check that facts are the same on all ranks. WAIT: for all ranks.
 
+        Args:
+            what: What the ranks must be started with, for the message.
+
         Raises:
             ArgumentsError: They differ; raised on rank 0, and `PeerFailed` on the others.
         """
+        if len(set(self.gather(seed_for(sorted(facts.items()))))) == 1:
+            return
         everyone = self.gather((self.host, dict(facts)))
 
         def check() -> None:
@@ -147,6 +153,11 @@ class World:
 
 SINGLE = World()
 """A single process."""
+
+
+def joins_ranks(arguments: TrainerArguments, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a run has other ranks to join, or an error to raise because it has none."""
+    return arguments.strategy not in ("auto", "single") or _strategy_of(arguments, environment) is not None
 
 
 @contextlib.contextmanager
@@ -200,8 +211,8 @@ def _strategy_of(arguments: TrainerArguments, environment: Mapping[str, str]) ->
         return None if missing or int(environment["WORLD_SIZE"]) == 1 else Ddp()
     if missing:
         raise ArgumentsError(
-            f"strategy={named!r} needs the environment of torchrun, and {' and '.join(missing)} is not set; start the"
-            f" script with torchrun --nproc-per-node=N"
+            f"strategy={named!r} needs {' and '.join(missing)} in the environment; start the script with torchrun"
+            f" --nproc-per-node=N"
         )
     return Ddp() if named == "ddp" else named
 
@@ -212,16 +223,15 @@ def _places(world: World, arguments: TrainerArguments) -> bool:
     on_cuda = torch.cuda.is_available() and (device == "auto" or device.partition(":")[0] == "cuda")
     if not on_cuda:
         return False
-    if ":" in device and world.size > 1:
-        raise ArgumentsError(f"device={device!r} names one device for {world.size} ranks; set it to 'cuda' or 'auto'")
-    if ":" not in device:
-        count, local = torch.cuda.device_count(), world.local_rank or 0
-        if local >= count:
-            raise ArgumentsError(
-                f"LOCAL_RANK={local} has no device of its own among {count}; start torchrun with"
-                f" --nproc-per-node={count} at most"
-            )
-        torch.cuda.set_device(local)
+    count, local = torch.cuda.device_count(), world.local_rank or 0
+    if ":" in device and world.size > 1 and device != f"cuda:{local}":
+        raise ArgumentsError(f"device={device!r} is not the one of LOCAL_RANK={local}; set it to 'cuda' or 'auto'")
+    if ":" not in device and local >= count:
+        raise ArgumentsError(
+            f"LOCAL_RANK={local} has no device of its own among {count}; start torchrun with --nproc-per-node={count}"
+            f" at most, or set device='cpu'"
+        )
+    torch.cuda.set_device(local if ":" not in device else device)
     return True
 
 

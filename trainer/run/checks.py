@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from events.checkpoint.objects import parse_url, run_url
 from events.checkpoint.settings import Checkpoints
 from events.errors import SinkMisconfigured, UploadError
@@ -24,7 +26,7 @@ from trainer.checkpoint.init_from import InitFrom
 from trainer.errors import ArgumentsError
 from trainer.module_interface import ModuleInterface
 from trainer.run.contract_checks import check_contract
-from trainer.run.observers import split
+from trainer.run.observers import Callback, split
 
 
 def members(name: str, given: Any, problems: list[str]) -> tuple[Any, ...]:
@@ -223,3 +225,16 @@ def check_upload(upload: str, run_id: str, run_dir: Path) -> None:
 def shown(value: Any) -> str:
     """Return a value's text for a message."""
     return f"{masked(repr(value)):.80}" if not isinstance(value, type) else f"the class {value.__name__}"
+
+
+def common_facts(
+    task: str, module: torch.nn.Module, arguments: TrainerArguments, callbacks: Iterable[Callback]
+) -> dict[str, object]:
+    """What must be the same on all ranks of a run, by name."""
+    named = arguments.to_dict()
+    del named["device"], named["compile_options"]  # each rank has its own, and its own functions
+    facts: dict[str, object] = {"the task": task, "the module": type(module).__qualname__}
+    for name, parameter in module.named_parameters():
+        is_lazy = isinstance(parameter, torch.nn.parameter.UninitializedParameter)
+        facts[f"the parameter {name}"] = (parameter.dtype, "uninitialized" if is_lazy else tuple(parameter.shape))
+    return facts | {"callbacks": [type(split(one)[0]).__qualname__ for one in callbacks]} | named

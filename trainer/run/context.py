@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -13,12 +14,16 @@ from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run.run import Run
 from events.run.stream import LocalEventStream
+from trainer.distributed.world import joins_ranks, opened
 from trainer.loop.control import Control
 from trainer.run.cancellation import end_with_block
+from trainer.run.place import RunPlace
 from trainer.run.session import Session
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
+
+T = TypeVar("T")
 
 
 class RunContext(AbstractAsyncContextManager[Run]):
@@ -29,20 +34,22 @@ class RunContext(AbstractAsyncContextManager[Run]):
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        self._joined: contextlib.ExitStack | None = None  # closed to leave the other ranks
 
     async def __aenter__(self) -> Run:
-        place = self._trainer._place()
-        if place.is_remote:
-            # A native cancellation leaves the thread behind, which releases the run's folder when it has ended.
-            await anyio.to_thread.run_sync(place.fetch, limiter=anyio.CapacityLimiter(1))
-        self.session = self._trainer._session(
-            "train", Control(), place, self._trainer._sinks_here(()), interactive=False, on_stderr=False
-        )
-        try:
-            self.session.loop.start()  # first, because it may fail; entering the task group cannot
-        except BaseException:
-            self.session.discard()
-            raise
+        trainer = self._trainer
+        async with contextlib.AsyncExitStack() as unused:
+            unused.push_async_callback(self._leave)
+            place = await self._place()
+            sinks = trainer._sinks_here(()) if place.world.leads else []
+            # With several ranks it waits a moment for the others, which are here, too.
+            self.session = trainer._session("train", Control(), place, sinks, interactive=False, on_stderr=False)
+            try:
+                self.session.loop.start()  # first, because it may fail; entering the task group cannot
+            except BaseException:
+                self.session.discard()
+                raise
+            unused.pop_all()
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         self._tasks.start_soon(self.session.serve, name="stagecast run")
@@ -53,6 +60,31 @@ class RunContext(AbstractAsyncContextManager[Run]):
             await end_with_block(self.session, error)
         finally:
             await self._tasks.__aexit__(None, None, None)  # empty by now: only a bug of ours can make it raise
+            await self._leave()
+
+    async def _place(self) -> RunPlace:
+        """Join the other ranks, if there are any, and choose the folder."""
+        trainer = self._trainer
+        if not joins_ranks(trainer.arguments):
+            place = trainer._place()
+            if place.is_remote:
+                # A native cancellation leaves the thread behind, which releases the run's folder when it has ended.
+                await _in_thread(place.fetch)
+            return place
+        joined = self._joined = contextlib.ExitStack()
+        world = await _in_thread(lambda: joined.enter_context(opened(trainer.arguments)))
+        return await _in_thread(lambda: trainer._place_of(world, lambda fetch: fetch()))
+
+    async def _leave(self) -> None:
+        """Leave the other ranks."""
+        joined, self._joined = self._joined, None
+        if joined is not None:
+            with anyio.CancelScope(shield=True):
+                await _in_thread(joined.close)
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    return await anyio.to_thread.run_sync(function, limiter=anyio.CapacityLimiter(1))
 
 
 class LocalConnection:

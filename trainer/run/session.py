@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import anyio
@@ -349,13 +349,18 @@ class Session:
         self.error = self.loop.ending.error = self.control.error = self._failed_in_drain = None
 
 
-def in_turn(make: Callable[[], Session], place: RunPlace) -> Session:
+def in_turn(make: Callable[[], Session], place: RunPlace, facts: Mapping[str, object]) -> Session:
     """Make a session on rank 0, which claims the attempt, and then on the other ranks. WAIT: for all ranks.
 
+    Args:
+        facts: What must be the same on all ranks.
+
     Raises:
-        PeerFailed: Another rank could not make its own.
+        ArgumentsError: It is not; the error names the first difference.
+        PeerFailed: Another rank could not make its own session.
     """
     world = place.world
+    world.check_equal("program and arguments", facts)
     session = world.together(lambda: make() if place.world.leads else None)
     place.attempt = world.share(session.origin.attempt if session is not None else None)
     try:

@@ -1,0 +1,52 @@
+"""A run of several ranks resumes from its checkpoints, with any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.ranks import StartRanks
+from support.shared_runs import Case, resume, start, train
+
+from events.checkpoint.files import read_manifest
+
+PROGRAM = """
+import os, torch
+from pathlib import Path
+from support.shared_runs import Case, resume, start, train
+
+shuffled = Case(dropout=0.3)
+whole = train(shuffled, Path("whole"))
+start(shuffled, Path("begun"))
+there = resume(shuffled, Path("begun"))
+start(Case(), Path("of-two"))
+torch.save([whole, there, resume(Case(), Path("of-one"))], f"found-{os.environ['RANK']}.pt")
+"""
+MESSAGES = ("the run failed", "Boom", "outputs", "resum")
+
+
+def check_weights(one: dict[str, Any], other: dict[str, Any], *, exactly: bool) -> None:
+    assert one["steps"] == other["steps"]
+    difference = (one["weights"] - other["weights"]).abs().max()
+    assert difference == 0 if exactly else difference < 1e-12
+    assert one["metrics"]["val_loss/a"] == pytest.approx(other["metrics"]["val_loss/a"], abs=1e-12)
+
+
+@pytest.mark.timeout(150)
+def test_ranks_resume_exactly_and_other_numbers_of_ranks_with_the_same_rows(ranks: StartRanks, tmp_path: Path) -> None:
+    start(Case(), tmp_path / "of-one")
+    started = ranks(PROGRAM)
+    alone = train(Case(), tmp_path / "alone")
+    ended = started.end()
+    assert ended.code == 0, ended.err
+    for rank in (0, 1):
+        whole, there, from_one = torch.load(tmp_path / f"found-{rank}.pt", weights_only=False)
+        check_weights(whole, there, exactly=True)  # with dropout: each rank has its own random generators back
+        check_weights(alone, from_one, exactly=False)  # one rank, then two
+    checkpoints = tmp_path / "of-two" / "checkpoints"
+    manifest = read_manifest(checkpoints / "step-6.a1")
+    assert "rank-1.msgpack" in manifest.files
+    assert manifest.format == 1  # any version of this library reads it
+    check_weights(alone, resume(Case(), tmp_path / "of-two"), exactly=False)  # two ranks, then one
