@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
+from events.errors import RunFolderError
 from events.log import Warned, collecting
 from events.run.folder import RunFolder
 from trainer.checkpoint.fetch import fetch_for
 from trainer.checkpoint.init_from import InitFrom
 from trainer.distributed.world import SINGLE, World
+
+_TOKEN_NAME: Final = "ranks.token"
 
 
 class RunPlace:
@@ -64,6 +69,36 @@ class RunPlace:
         run_dir = None if self.run_dir is None else self.run_dir.absolute()
         resume = None if self.resume is None else os.fspath(self.resume)
         return self.run_id, run_dir, self.settings, resume, self.init_from
+
+    def check_shared(self) -> None:
+        """Check that every rank sees the folder, if the run may resume from it. WAIT: for all ranks.
+
+        Raises:
+            RunFolderError: This rank does not see it, or sees another one.
+        """
+        if self.resume is None or self.run_dir is None:
+            return
+        world, token = self.world, self.run_dir / _TOKEN_NAME
+        if world.leads:
+            token.write_text(nonce := secrets.token_hex(8))
+        else:
+            nonce = ""
+        nonce = world.share(nonce)
+
+        def check() -> None:
+            with contextlib.suppress(OSError):
+                if token.read_text() == nonce:
+                    return
+            raise RunFolderError(
+                f"the run folder {self.run_dir} of rank 0 is not visible to rank {world.rank} on {world.host}; set"
+                f" run_dir to a folder that all ranks share"
+            )
+
+        try:
+            world.together(check)
+        finally:
+            if world.leads:
+                token.unlink(missing_ok=True)
 
     @property
     def is_remote(self) -> bool:

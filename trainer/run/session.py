@@ -364,6 +364,7 @@ def in_turn(make: Callable[[], Session], place: RunPlace, facts: Mapping[str, ob
     session = world.together(lambda: make() if place.world.leads else None)
     place.attempt = world.share(session.origin.attempt if session is not None else None)
     try:
+        place.check_shared()
         return world.together(lambda: session if session is not None else make())
     except BaseException:
         if session is not None:
