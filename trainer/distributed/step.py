@@ -68,7 +68,7 @@ class RankStep(Step):
                 self._strategy.skip(skips=not one.part and not one.is_dummy)
                 logged = len(recorder.values)
                 if (computed := self._micro_step(one, one.part, i)) is None:
-                    self._optimization.release_gradients()
+                    self._optimization.gradients.release()
                     self._strategy.backward(None, None, 0.0, last=self._last)
                 elif not one.is_dummy:
                     has_loss = True

@@ -1,4 +1,4 @@
-"""The gradients of a step: whether all are finite, their norm, and clipping. Nothing here waits for the device."""
+"""The gradients of a step: whether all are finite, their norm, clipping, and clearing. Nothing waits for the device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 
@@ -51,6 +56,84 @@ def _look_at_each(gradients: list[torch.Tensor]) -> torch.Tensor:
     # Not to the CPU if another device is present: an asynchronous copy to the CPU is not complete yet.
     device = next((one for one in devices if one.type != "cpu"), devices[0])
     return torch.stack([one.to(device, non_blocking=True) for one in each]).sum()
+
+
+class Clearing:
+    """Clears the gradients of all optimizers, and those of parameters that no optimizer holds. On the loop's thread."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], module: nn.Module, device: torch.device) -> None:
+        self._module = module
+        self._optimizers = optimizers
+        # torch's own `zero_grad` also opens a range for the profiler, which costs more than the loop adds to a step.
+        self._clear_themselves = [one for one in optimizers if not _has_stock_zero_grad(one)]
+        self._cleared_here = [one for one in optimizers if _has_stock_zero_grad(one)]
+        self._keeps_memory = device.type == "cpu"
+        self._old: list[torch.Tensor | None] = []
+        self._strays: list[nn.Parameter] = []
+        self._held = 0
+        self._has_new_parameters = False
+        self._handles = [
+            register_module_parameter_registration_hook(self._note_registration),
+            register_module_module_registration_hook(self._note_registration),
+        ]
+        self.find_strays()
+
+    def find_strays(self) -> None:
+        """Find the parameters that no optimizer holds at present, frozen ones included, and clear their gradients.
+
+        Otherwise these would add up until an optimizer gets the parameter. `clear` calls it after a parameter was
+        registered in any module, or the optimizers hold another number of parameters.
+        """
+        self._has_new_parameters = False
+        held = [id(p) for o in self._optimizers for g in o.param_groups for p in g["params"]]
+        self._held = len(held)
+        known = set(held)
+        self._strays = [p for p in self._module.parameters() if id(p) not in known]
+        for parameter in self._strays:
+            parameter.grad = None
+
+    def _note_registration(self, *_: object) -> None:
+        self._has_new_parameters = True
+
+    def clear(self) -> None:
+        """Set all gradients to None; on a CPU, their memory is kept until `release`."""
+        self.release()
+        held = 0
+        for optimizer in self._clear_themselves:
+            optimizer.zero_grad()
+            held += sum(len(group["params"]) for group in optimizer.param_groups)
+        for optimizer in self._cleared_here:
+            for group in optimizer.param_groups:
+                parameters = group["params"]
+                held += len(parameters)
+                if self._keeps_memory:
+                    self._old += [parameter.grad for parameter in parameters]
+                for parameter in parameters:
+                    parameter.grad = None
+        if held != self._held or self._has_new_parameters:
+            self.find_strays()
+        for parameter in self._strays:
+            parameter.grad = None
+
+    def release(self) -> None:
+        """Free the memory of the gradients that were cleared, right before a backward pass allocates it again.
+
+        If it were freed after the step, the allocator of the CPU would return it to the system, and each step would get
+        its pages anew: 3,000 page faults for 17 MB, a tenth to a third of a step.
+        """
+        self._old.clear()
+
+    def close(self) -> None:
+        """Clear the gradients at the end of the run."""
+        self.clear()
+        self.release()
+        for handle in self._handles:
+            handle.remove()
+
+
+def _has_stock_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether clearing gradients is torch's own: neither its class nor anybody since has made it do more."""
+    return type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
 
 
 def clip_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:

@@ -151,7 +151,7 @@ class TrainingLoop:
                     step.skip(outcome.skipped, outcome.loss)
                 if self._clears_late:
                     ledger.enter("compute")
-                    self._optimization.zero_grad()
+                    self._optimization.gradients.clear()
                 ledger.enter("other")
                 position.batches = feed.taken
                 boundary.cross()
@@ -185,7 +185,7 @@ class TrainingLoop:
             attempt.recorder.begin_epoch()
             self._boundary.publish(TrainEpochStarted(*attempt.origin.header(), steps=steps, total_steps=total))
             self._warn_of_other_steps(steps, total)
-            self._optimization.find_strays()  # the hooks may have added parameters
+            self._optimization.gradients.find_strays()  # the hooks may have added parameters
         if attempt.strategy is not None:
             attempt.strategy.refresh()
         attempt.phase = "the training dataloader"

@@ -177,7 +177,7 @@ class ManualSteps:
             return first[-1]
 
         done = self._optimization.step_with_closure(evaluate, [optimizer])
-        self._optimization.zero_grad()
+        self._optimization.gradients.clear()
         if done.skipped is None:
             self._note(done.grad_norm, done.found)
         self._skipped = done.skipped
@@ -195,7 +195,7 @@ class ManualSteps:
                 f"optimize() got {shown}, which is not a loss; give it a real tensor of one element with a graph"
             )
         self._attempt.phase = "backward"
-        self._optimization.release_gradients()
+        self._optimization.gradients.release()
         strategy = self._attempt.strategy
         part = 1.0 if strategy is None else strategy.part
         share = loss if strategy is None else loss * part if part else torch.where(loss.isfinite(), loss, 0.0) * 0.0

@@ -10,18 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 
 from trainer.errors import OptimizerError
 from trainer.loop.attempt import Attempt
-from trainer.loop.gradients import GradientCheck, clip_
+from trainer.loop.gradients import Clearing, GradientCheck, clip_
 from trainer.loop.optimizers import (
     as_optimizers,
     begins_with_closure,
-    has_stock_zero_grad,
     refuse_scaler,
     take_step,
     takes_closure,
@@ -56,6 +51,7 @@ class Optimization:
 
     Attributes:
         optimizers: In the order in which the module returned them.
+        gradients: Clears them.
         before_step: Runs the hooks that look at the gradients that the optimizers are about to get.
         wants_closure: Whether an optimizer computes the loss itself, several times per step: then all get a closure.
 
@@ -75,15 +71,9 @@ class Optimization:
             refuse_scaler(self.optimizers, attempt.precision)
         self._attempt = attempt
         self._precision = attempt.precision
-        self._strays: list[torch.nn.Parameter] = []
-        self._held = 0
         self._guards = 0
-        self._has_new_parameters = False
-        self._handles: list[torch.utils.hooks.RemovableHandle] = [
-            register_module_parameter_registration_hook(self._note_registration),
-            register_module_module_registration_hook(self._note_registration),
-        ]
-        self.find_strays()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.gradients = Clearing(self.optimizers, attempt.module, attempt.device)
         self._gradient_check = GradientCheck()
         self._switched: list[Any] = [
             one
@@ -91,10 +81,6 @@ class Optimization:
             if callable(getattr(one, "eval", None)) and callable(getattr(one, "train", None))
         ]
         self._evaluating = False
-        # torch's own `zero_grad` also opens a range for the profiler, which costs more than the loop adds to a step.
-        self._clear_themselves = [o for o in self.optimizers if not has_stock_zero_grad(o)]
-        self._cleared_here = [o for o in self.optimizers if has_stock_zero_grad(o)]
-        self._old_gradients: list[torch.Tensor | None] = []
 
     @property
     def learning_rate(self) -> Any:
@@ -102,23 +88,6 @@ class Optimization:
         lr = self.optimizers[0].param_groups[0]["lr"]
         # Cloned: a scheduler changes it in place before the value is read.
         return lr if type(lr) is float else lr.detach().clone() if isinstance(lr, torch.Tensor) else float(lr)
-
-    def find_strays(self) -> None:
-        """Find the parameters that no optimizer holds at present, frozen ones included, and clear their gradients.
-
-        Otherwise these would add up until an optimizer gets the parameter. `zero_grad` calls it after a parameter was
-        registered in any module, or the optimizers hold another number of parameters.
-        """
-        self._has_new_parameters = False
-        held = [id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]]
-        self._held = len(held)
-        known = set(held)
-        self._strays = [p for p in self._attempt.module.parameters() if id(p) not in known]
-        for parameter in self._strays:
-            parameter.grad = None
-
-    def _note_registration(self, *_: Any) -> None:
-        self._has_new_parameters = True
 
     def guard(self, check: Callable[[torch.optim.Optimizer, Any, Any], None]) -> None:
         """Call ``check(optimizer, args, kwargs)`` before any step of an optimizer, by any caller."""
@@ -153,8 +122,7 @@ class Optimization:
 
     def close(self, gate: Callable[[], None]) -> None:
         """Clear the gradients at the end of the run, and leave the weights in evaluation mode."""
-        self.zero_grad()
-        self.release_gradients()
+        self.gradients.close()
         if self._switched:
             gate()
             for optimizer in self._switched:
@@ -201,7 +169,7 @@ class Optimization:
             take_step(optimizer, self._guards)
         if self._precision.scaler is not None:
             self._precision.update()
-        self.zero_grad()
+        self.gradients.clear()
         return grad_norm, found, skipped
 
     def step_with_closure(
@@ -230,7 +198,7 @@ class Optimization:
         before = self._copy() if self._attempt.arguments.non_finite != "warn" else None
 
         def closure() -> torch.Tensor:
-            self.zero_grad()
+            self.gradients.clear()
             with torch.enable_grad():
                 loss = evaluate()
             grad_norm, found, skipped = self._prepare(loss, optimizers)
@@ -337,34 +305,6 @@ class Optimization:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         parameter.grad.mul_(factor)
-
-    def zero_grad(self) -> None:
-        """Clear the gradients; on a CPU, their memory is kept until `release_gradients`."""
-        self.release_gradients()
-        held = 0
-        for optimizer in self._clear_themselves:
-            optimizer.zero_grad()
-            held += sum(len(group["params"]) for group in optimizer.param_groups)
-        for optimizer in self._cleared_here:
-            for group in optimizer.param_groups:
-                parameters = group["params"]
-                held += len(parameters)
-                if self._attempt.device.type == "cpu":
-                    self._old_gradients += [parameter.grad for parameter in parameters]
-                for parameter in parameters:
-                    parameter.grad = None
-        if held != self._held or self._has_new_parameters:
-            self.find_strays()
-        for parameter in self._strays:
-            parameter.grad = None
-
-    def release_gradients(self) -> None:
-        """Free the memory of the gradients that were cleared, right before a backward pass allocates it again.
-
-        If it were freed after the step, the allocator of the CPU would return it to the system, and each step would get
-        its pages anew: 3,000 page faults for 17 MB, a tenth to a third of a step.
-        """
-        self._old_gradients.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of optimizers and schedulers, not copied."""

@@ -52,11 +52,6 @@ def refuse_scaler(optimizers: list[torch.optim.Optimizer], precision: Precision)
         )
 
 
-def has_stock_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether clearing gradients is torch's own: neither its class nor anybody since has made it do more."""
-    return type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
-
-
 def take_step(optimizer: torch.optim.Optimizer, own_hooks: int) -> None:
     """Call ``optimizer.step()``, but skip torch's wrapper around it where nobody would notice.
 

@@ -112,7 +112,7 @@ class Step:
         outcome = self._take(group, keep)
         self._measure(outcome, group)
         if self._clears:
-            self._optimization.zero_grad()
+            self._optimization.gradients.clear()
         if ledger.idle is not None:
             ledger.idle.end()
         ledger.steps += 1
@@ -122,7 +122,7 @@ class Step:
     def release(self) -> None:
         """Release the graph of the last step, and the memory of its gradients."""
         self._returned = None
-        self._optimization.release_gradients()
+        self._optimization.gradients.release()
 
     def close(self) -> None:
         """Training has ended."""
@@ -283,7 +283,7 @@ class Step:
             if number == 0 and any(parameter.grad is not None for parameter in self._module.parameters()):
                 raise own_backward(self._module)
         attempt.phase = "backward"
-        self._optimization.release_gradients()
+        self._optimization.gradients.release()
         try:
             share = self._backward(loss, one, part)
         except RuntimeError as error:

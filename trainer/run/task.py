@@ -114,7 +114,7 @@ class Task:
         if loaded is not None:
             self._restore(loaded, optimization)
             restore_rng(rng, attempt.device)
-        optimization.zero_grad()  # gradients that the host has left do not belong to the first step
+        optimization.gradients.clear()  # gradients that the host has left do not belong to the first step
         self._bind_optimizers(optimization)
         attempt.phase = "setup"
         loop = TrainingLoop(self._boundary, self._make_evaluation(), feed, optimization)
