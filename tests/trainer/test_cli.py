@@ -54,7 +54,7 @@ COMMANDS = [
         ("checkpoints lst run", "checkpoints: error: 'lst' is not a command; did you mean list?"),
         ("checkpoints list", "arguments are required: PATH"),
         ("checkpoints list run other", "list: error: 'other' is one argument too many; see"),
-        ("checkpoints export run", "arguments are required: OUT.safetensors"),
+        ("checkpoints export", "arguments are required: PATH"),
         ("checkpoints verify run tensors", "'tensors' is not a checkpoint name; give one such as step-500.a1"),
         ("checkpoints export run out --name step-1", "'step-1' is not a checkpoint name"),
         ("replay run", "arguments are required: --to"),

@@ -134,6 +134,7 @@ def _parser() -> _Parser:
     commands = root.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     _add_demo_and_train(commands)
     _add_checkpoints(commands)
+    _add_watch(commands)
     _add_readers(commands)
     return root
 
@@ -250,6 +251,20 @@ def _add_readers(commands: _Commands) -> None:
         help="an installed sink and its options; may be repeated",
     )
     replay.add_argument("--since", type=_at_least(0), default=0, metavar="SEQ", help="skip the events up to this one")
+    report = _add(
+        commands,
+        "report",
+        "write a run's charts to one HTML file",
+        "The file has the charts, checkpoints and log of the run. It needs no server and loads nothing from the"
+        " network. Several runs are compared in one file.",
+    )
+    report.rest = "run_dirs"
+    report.add_argument("run_dirs", nargs="+", metavar="RUN", help="a run folder")
+    report.add_argument("--out", metavar="FILE.html", help="the file to write (default: RUN.html)")
+    report.add_argument("--force", action="store_true", help="replace an existing file")
+
+
+def _add_watch(commands: _Commands) -> None:
     watch = _add(
         commands,
         "watch",
@@ -280,17 +295,6 @@ def _add_readers(commands: _Commands) -> None:
         help="another site whose pages may use the server; may be repeated",
     )
     watch.add_argument("--no-token", action="store_true", help="allow every user of this machine to watch")
-    report = _add(
-        commands,
-        "report",
-        "write a run's charts to one HTML file",
-        "The file has the charts, checkpoints and log of the run. It needs no server and loads nothing from the"
-        " network. Several runs are compared in one file.",
-    )
-    report.rest = "run_dirs"
-    report.add_argument("run_dirs", nargs="+", metavar="RUN", help="a run folder")
-    report.add_argument("--out", metavar="FILE.html", help="the file to write (default: RUN.html)")
-    report.add_argument("--force", action="store_true", help="replace an existing file")
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:

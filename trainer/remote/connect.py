@@ -95,14 +95,19 @@ def connect(
         from trainer.remote.nats import NatsServer, address_of  # needs nats
 
         return _ConnectContext(functools.partial(NatsServer, address_of(url, run_id, token), give_up_s))
-    page, withheld = PageAddress.of(url), ""
-    token = page.token if token is None else token
+    page = PageAddress.of(url)
+    token, withheld = _token_for(page, token)
+    return _ConnectContext(functools.partial(RunServer, page.url, run_id or page.run_id, token, give_up_s, withheld))
+
+
+def _token_for(page: PageAddress, token: str | None) -> tuple[str | None, str]:
+    """Return the token for a server, and what is withheld from it (see `token_of_environment`)."""
+    token, withheld = page.token if token is None else token, ""
     if token is None:
         token, withheld = token_of_environment(page.url, is_of_folder=page.is_of_folder)
     if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
         raise ConnectError("the token has characters that no header can hold; give printable ASCII")
-    server = page.url, run_id or page.run_id, token, give_up_s, withheld
-    return _ConnectContext(functools.partial(RunServer, *server))
+    return token, withheld
 
 
 class _ConnectContext(AbstractAsyncContextManager[Run]):
