@@ -266,10 +266,11 @@ class Messages:
         except BaseException:  # cancelled: messages of a request under way would arrive at the next
             await self.close()
             raise
-        kept = [message for message in found if message.metadata.sequence.stream >= self.next]
-        if kept:
-            self.next = kept[-1].metadata.sequence.stream + 1
-        return kept
+        if found and found[0].metadata.sequence.stream < self.next:  # of an earlier request, which was cancelled
+            found = [message for message in found if message.metadata.sequence.stream >= self.next]
+        if found:
+            self.next = found[-1].metadata.sequence.stream + 1
+        return found
 
     async def close(self) -> None:
         """Stop reading. The server removes its consumer some minutes later."""

@@ -37,6 +37,8 @@ Message = tuple[Event, bytes]
 
 _WINDOW_BYTES = 8 * 2**20
 """Bytes after which the sink waits for the acknowledgements of what it has sent."""
+_PROGRESS = 64
+"""Answers between two extensions of the time for the others."""
 _DUPLICATE_WINDOW_S = 120.0
 """Seconds for which the server of a new stream knows the identity of an event."""
 _TOO_LARGE = 10_054
@@ -230,12 +232,14 @@ class Publisher:
 
     async def _take(self, message: Msg) -> None:
         """Take the server's answer to an event."""
-        sent = self._waiting.pop(int(message.subject.rpartition(".")[2]), None)
+        number = int(message.subject.rpartition(".")[2])
+        sent = self._waiting.pop(number, None)
         if sent is None:  # to one that was given up
             return
         if not self._waiting:
             self._answered.set()
-        self._deadline.reschedule(asyncio.get_running_loop().time() + ANSWER_S)
+        elif number % _PROGRESS == 0:
+            self._deadline.reschedule(asyncio.get_running_loop().time() + ANSWER_S)
         data, event = message.data, sent[0]
         if data and b'"error"' not in data and b'"duplicate"' not in data:
             return

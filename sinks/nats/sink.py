@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from msgspec import Meta
 
 from events.errors import SinkMisconfigured, WireError
 from events.journal.lines import encode_lines, gap_before
+from events.journal.reader import JournalReader
+from events.journal.segment import JOURNAL_DIR
 from events.log import logger
 from events.messages import Event
 from events.sink import Delivery, RunInfo, require
@@ -123,14 +126,15 @@ class NATS(Strict, frozen=True):
         self.check()
         from sinks.nats.publisher import Publisher  # needs nats
 
-        return NATSWriter(Publisher(self, self._address(), run))
+        return NATSWriter(Publisher(self, self._address(), run), run.run_dir)
 
 
 class NATSWriter:
     """An open `NATS`. A write returns when the server has acknowledged all events."""
 
-    def __init__(self, publisher: Publisher) -> None:
+    def __init__(self, publisher: Publisher, run_dir: str | None) -> None:
         self._publisher = publisher
+        self._journal_dir = None if run_dir is None else Path(run_dir) / JOURNAL_DIR
         self._last = (0, 0)
         self._is_first = True
         self._warned: set[str] = set()
@@ -144,13 +148,25 @@ class NATSWriter:
             ConnectionError: The server is away, does not answer, or does not take them now.
             SinkMisconfigured: The stream has another run of this ``run_id``.
         """
-        newest = self._publisher.newest
-        if self._is_first and events and newest is not None:
-            # An event that is delivered again is not later than the last one in the stream.
-            if position_of(events[0]) <= self._last and events[0].time > newest.time + _CLOCK_S:
-                raise self._publisher.is_taken()
+        if self._is_first and events:
+            if self._publisher.newest is not None:
+                self._continue(events, self._publisher.newest)
             self._is_first = False
-        events = newer(events, self._last)
+        self._publish(newer(events, self._last))
+
+    def _continue(self, events: Sequence[Event], newest: Event) -> None:
+        """Check that the stream's events are of this run; publish those that an earlier attempt has not."""
+        same = next((event for event in events if position_of(event) == self._last), None)
+        # Otherwise, an event that is delivered again is not later than the newest one in the stream.
+        is_later = position_of(events[0]) <= self._last and events[0].time > newest.time + _CLOCK_S
+        if is_later if same is None else same.time != newest.time:
+            raise self._publisher.is_taken()
+        if self._journal_dir is not None and events[0].seq > self._last[1] + 1:
+            reader = JournalReader(self._journal_dir, self._last[1])
+            while missed := [event for event in reader.read() if event.seq < events[0].seq]:
+                self._publish(missed)
+
+    def _publish(self, events: Sequence[Event]) -> None:
         for start in range(0, len(events), WINDOW):
             window = events[start : start + WINDOW]
             self._publisher.publish(self._messages(window))

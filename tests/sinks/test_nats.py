@@ -18,6 +18,7 @@ from support.training import Net, make_trainer, read_journal
 
 from events.errors import SinkMisconfigured
 from events.journal.lines import decode_line, encode_lines
+from events.journal.writer import Journal
 from events.messages import Event, JournalGap, MetricsLogged, ObserverFailed, ObserverRecovered, RunStarted
 from events.protocol import Pause
 from events.run.folder import RunFolder
@@ -284,6 +285,19 @@ def test_a_stream_that_the_server_refuses_disables_the_sink(start: Callable[...,
         write(Story().steps(1))
 
 
+def test_a_resumed_run_sends_what_an_earlier_attempt_has_not(shared: NatsServer, tmp_path: Path) -> None:
+    """Its process may have died before the sink had its last events, which are in the journal."""
+    story = Story("resumed")
+    events: list[Event] = [story.started(), *story.steps(20), *story.resumed(), *story.steps(3)]
+    journal = Journal().open(RunInfo("resumed", run_dir=str(tmp_path)))
+    journal.write(events)
+    journal.close()
+    for attempt, some in ((1, events[:5]), (2, events[21:])):
+        with opened(NATS(shared.url), run_id="resumed", attempt=attempt, run_dir=tmp_path) as write:
+            write(some)
+    assert events_of(shared, "resumed") == events
+
+
 # ------------------------------------------------------------------------------------------------ one name, two runs
 
 
@@ -307,6 +321,9 @@ def test_a_second_run_of_one_name_is_refused(shared: NatsServer) -> None:
         one([both.started()])
         with pytest.raises(SinkMisconfigured, match="another run with the run_id 'both'"):
             other([same.started()])
+    stepped_back = [msgspec.structs.replace(event, time=event.time + 50.0) for event in events[:-1]]  # by the clock
+    with opened(NATS(shared.url), run_id="twice") as write:
+        write([*stepped_back, events[-1]])
     assert events_of(shared, "twice") == events
 
 
