@@ -99,6 +99,7 @@ class Loaded:
             if own is not None:  # None, too, where that rank had not sent its own in time
                 self.state["rng"] = own["rng"]
                 position.update(own["position"])
+                self.state["metrics"]["objects"] = own["objects"]
             if own is not None or not rank:
                 return
         if position["loader_state"] is not None and before != world_size:
@@ -108,6 +109,7 @@ class Loaded:
             )
         if rank:
             position.update(dict.fromkeys(RANK_FIELDS))
+            self.state["metrics"].pop("objects", None)  # those of rank 0 hold what it has seen
             self.state["rng"] = fresh_rng(seed_for(position["sampler_seed"], rank, self.global_step))
 
     def _kept(self, name: str) -> Any:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
+from events.log import logger
 from trainer.data.loaders import ShardedSampler, ShuffledSampler, batch_rows, loader_length, own_batches
+from trainer.data.tensors import map_tensors
 from trainer.distributed.sharding import Shard, share_batches
+from trainer.distributed.world import World
 from trainer.loop.boundary import Boundary
 from trainer.loop.workers import Batches
+
+_COMPARED = 4_096
+"""Maximum numbers of a tensor that are compared."""
 
 Division = Literal["rows", "batches", "own"]
 """Who divides the data. ``rows``: the trainer's sampler, in blocks of one micro-batch. ``batches``: all ranks read the
@@ -29,11 +37,38 @@ def division_of(loader: Iterable[Any]) -> Division:
     return "batches" if in_order else "own"
 
 
-def divides_itself(loader: Any) -> bool:
-    """Whether a dataloader certainly gives each rank batches of its own."""
-    sampler = getattr(loader, "sampler", None)
-    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    return any(isinstance(one, DistributedSampler | ShuffledSampler | ShardedSampler) for one in (sampler, inner))
+def reads_all(loader: Any) -> bool:
+    """Whether each rank reads all of a data set, in an order of its own sampler."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    samplers = loader.sampler, getattr(loader.batch_sampler, "sampler", None)
+    divides = any(isinstance(one, DistributedSampler | ShuffledSampler | ShardedSampler) for one in samplers)
+    return division_of(loader) == "own" and not divides and samplers[1] is not None
+
+
+def warn_of_same(world: World, batch: Any, method: str) -> None:
+    """Warn if ranks that read data of their own have begun with the same batch. WAIT: for all ranks."""
+    found = [one for one in world.gather(_digest(batch)) if one is not None]
+    if world.leads and len(set(found)) < len(found):
+        logger.warning(
+            f"{method} gives several ranks the same data; divide it by the rank, which the environment variables RANK"
+            f" and WORLD_SIZE hold"
+        )
+
+
+def _digest(batch: Any) -> str | None:
+    """Identify a batch by its host tensors; None if it has none."""
+    digest, count = hashlib.blake2b(digest_size=16), 0
+
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        if tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested:
+            digest.update(repr(tensor.detach().reshape(-1)[:_COMPARED].tolist()).encode())
+            count += tensor.numel()
+        return tensor
+
+    map_tensors(add, batch)
+    return digest.hexdigest() if count else None
 
 
 def batches_of_rank(loader: Iterable[Any], division: Division, world_size: int) -> int | None:

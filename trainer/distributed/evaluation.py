@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.data.loaders import ShardedSampler, fit_shard
 from trainer.data.rows import CountRows, row_counter
-from trainer.distributed.divided import RankBatches, batches_of_rank, divides_itself, division_of
+from trainer.distributed.divided import RankBatches, batches_of_rank, division_of, reads_all, warn_of_same
 from trainer.distributed.merged import BatchNumbers, Numbers, exchange_outputs, host_numbers
 from trainer.distributed.sharding import Shard
 from trainer.hooks.capture import EpochOutputs
@@ -47,6 +47,8 @@ class RankEvaluation(Evaluation):
             batch = next(batches, END)  # WAIT: data
             if rounds is None and self._world.minimum(batch is END):  # WAIT: for all ranks
                 return
+            if not number and division_of(loader) == "own":
+                warn_of_same(self._world, None if batch is END else batch, f"get_{EVENTS[stage][0]}_dataloaders()")
             attempt.ledger.enter("other")
             self._boundary.cross()
             self._number = number * self._shard.world_size + self._shard.rank
@@ -61,11 +63,10 @@ class RankEvaluation(Evaluation):
             everyone = self._world.gather(rounds)  # WAIT: for all ranks
             known = [one for one in everyone if one is not None]
             rounds = max(known) if len(known) == len(everyone) else None
-            if not divides_itself(loader) and self._world.leads:
+            if self._world.leads and reads_all(loader):
                 self._attempt.notice(
-                    f"a {type(loader).__name__} for evaluation does not use the given sampler: each of the"
-                    f" {self._world.data_size} ranks evaluates all that its own one gives; use the sampler, or divide"
-                    f" the data by rank"
+                    f"a DataLoader for evaluation does not use the given sampler: each of the {self._world.data_size}"
+                    f" ranks evaluates all that its own sampler gives; use the given one"
                 )
         if limit is None:
             return rounds
@@ -94,6 +95,7 @@ class RankEvaluation(Evaluation):
         tally.losses = [loss for _, losses, _ in batches for loss in losses] if tally.has_losses else []
         others = [entry for entry in recorder.values if not is_number(entry[1])]
         recorder.values = [*(entry for _, _, logged in batches for entry in logged), *others]
+        recorder.objects.agree(self._world.gather, evaluates=True)
         exchange_outputs(self._world, outputs, everyone)
 
     def _batches_of(self, tally: Tally, values: list[Entry]) -> list[BatchNumbers]:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
-
-from events.log import logger
-from trainer.data.loaders import ShuffledSampler, fit_shard, loader_length
-from trainer.data.tensors import map_tensors
-from trainer.distributed.divided import RankBatches, batches_of_rank, divides_itself, division_of
+from trainer.data.loaders import ShuffledSampler, fit_shard
+from trainer.distributed.divided import RankBatches, batches_of_rank, division_of, reads_all, warn_of_same
 from trainer.errors import DataLoaderError
 from trainer.loop.boundary import Boundary
 from trainer.loop.feed import END, Feed, MicroBatch
-
-_COMPARED_BYTES = 4_096
 
 
 class RankFeed(Feed):
@@ -27,10 +20,13 @@ class RankFeed(Feed):
         self._world = self._attempt.world
         self._length: int | None = None  # micro-batches of the epoch on each rank
         self._divides_itself = False
-        self._compared = False
+        self._compares = True  # the first batches of all ranks, once per run
 
     def read(self) -> list[MicroBatch] | None:
         number, group = self.taken, self._read_group()
+        if self._compares:
+            self._compares = False
+            warn_of_same(self._world, group[0].batch if group else None, "get_train_dataloader()")
         if self._divides_itself and self._length is None:
             group = self._up_to_shortest(group, number)
         if not group:
@@ -83,9 +79,6 @@ class RankFeed(Feed):
 
     def _up_to_shortest(self, group: list[MicroBatch], number: int) -> list[MicroBatch]:
         """Cut the last step to the micro-batches that every rank has; WAIT: for all ranks, to learn their number."""
-        if not self._compared:
-            self._compared = True
-            self._compare(group)
         count = self._world.minimum(len(group))
         if count < self._count:  # a rank has no further data
             self._position.used_up = True
@@ -124,40 +117,12 @@ class RankFeed(Feed):
     def _open(self, loader: Any, open_: Callable[[], Iterator[Any]]) -> RankBatches:
         self._divides_itself = division_of(loader) == "own"
         self._length = self._length_of(loader)
-        if self._divides_itself and not divides_itself(loader) and loader_length(loader) is not None:
-            self._warn_of_order_of_its_own(loader)
+        self._compares = self._compares and self._divides_itself
+        if self._world.leads and reads_all(loader):
+            self._attempt.notice(
+                f"get_train_dataloader() returned a DataLoader that does not use the given sampler: each of the"
+                f" {self._world.data_size} ranks trains on all that its own sampler gives; use the given one, or"
+                f" torch's DistributedSampler"
+            )
         micro_batch = self._attempt.batching.micro_batch_of(self._attempt.origin.epoch)
         return RankBatches(self._boundary, loader, open_, micro_batch)
-
-    def _warn_of_order_of_its_own(self, loader: Any) -> None:
-        if self._world.leads:
-            self._attempt.notice(
-                f"get_train_dataloader() returned a {type(loader).__name__} that does not use the given sampler: each"
-                f" of the {self._world.data_size} ranks trains on all that its own one gives; use the sampler, or"
-                f" divide the data by rank"
-            )
-
-    def _compare(self, group: list[MicroBatch]) -> None:
-        """Warn if ranks that read data of their own have read the same. Once per run."""
-        found = self._world.gather(_digest(group[0].batch) if group else None)
-        if self._world.leads and len({one for one in found if one is not None}) < sum(one is not None for one in found):
-            logger.warning(
-                "get_train_dataloader() gives several ranks the same data; divide it by the rank, which the environment"
-                " variables RANK and WORLD_SIZE hold"
-            )
-
-
-def _digest(batch: Any) -> str | None:
-    """Identify a batch by its host tensors; None if it has none."""
-    digest, count = hashlib.blake2b(digest_size=16), 0
-
-    def add(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal count
-        if tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested:
-            flat = tensor.detach().reshape(-1)[:_COMPARED_BYTES]
-            digest.update(repr(flat.tolist()).encode())
-            count += 1
-        return tensor
-
-    map_tensors(add, batch)
-    return digest.hexdigest() if count else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -39,11 +40,10 @@ class RankStep(Step):
 
     def _by_module(self, group: list[MicroBatch], keep: bool) -> StepOutcome:
         """One call of `train_step` on each rank; WAIT: in each of its updates, and for the step's loss."""
-        one, recorder = group[0], self._attempt.recorder
-        self._strategy.part, logged = one.part, len(recorder.values)
-        outcome = super()._by_module(group, keep and not one.is_dummy)
-        if one.is_dummy:
-            del recorder.values[logged:]
+        one = group[0]
+        self._strategy.part = one.part
+        with self._unseen() if one.is_dummy else contextlib.nullcontext():
+            outcome = super()._by_module(group, keep)
         has_loss = outcome.loss is not None and not one.is_dummy
         weight, loss = self._strategy.mean(outcome.loss, one.part if has_loss else 0.0)
         if self._is_counted(float(weight), has_loss):  # SYNC: as in `_micro_steps`
@@ -59,23 +59,25 @@ class RankStep(Step):
         Those without a loss stay in ``group``: a repeated evaluation of it needs as many passes on each rank.
         """
         outputs: list[Outputs] = []
+        dummies: list[Outputs] = []
         self._places = []
-        has_loss, recorder = False, self._attempt.recorder
+        has_loss = False
         for i, one in enumerate(group):
             self._last = i + 1 == len(group)
             context = contextlib.nullcontext() if self._last else self._strategy.accumulating()
             with context:
                 self._strategy.skip(skips=not one.part and not one.is_dummy)
-                logged = len(recorder.values)
+                if one.is_dummy:
+                    computed = self._compute_dummy(one, i)
+                    dummies += [] if computed is None else [computed[1]]
+                    continue
                 if (computed := self._micro_step(one, one.part, i)) is None:
                     self._optimization.gradients.release()
                     self._strategy.backward(None, None, 0.0, last=self._last)
-                elif not one.is_dummy:
+                else:
                     has_loss = True
                     outputs.append(computed[1])
                     self._places.append(i)
-                if one.is_dummy:
-                    del recorder.values[logged:]
         weight, loss = self._strategy.total()
         if isinstance(weight, float):
             if not self._is_counted(weight, has_loss):
@@ -89,7 +91,28 @@ class RankStep(Step):
                 return None
             self._optimization.scale_gradients(1 / weight)
             loss = loss / weight
-        return loss, self._rows(group, weight), outputs if keep else None
+        # A hook at the end of a step may change the weights: it must run on every rank, and gets the dummy's outputs.
+        return loss, self._rows(group, weight), (outputs or dummies) if keep else None
+
+    def _compute_dummy(self, one: MicroBatch, number: int) -> tuple[torch.Tensor, Outputs] | None:
+        with self._unseen():
+            computed = self._micro_step(one, 0.0, number)
+            if computed is None:
+                self._strategy.backward(None, None, 0.0, last=self._last)
+        return computed
+
+    @contextlib.contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Leave no logged value, and no update of a metric object, of the step within the block."""
+        recorder = self._attempt.recorder
+        objects, values = recorder.objects, list(recorder.values)
+        logged = dict(objects.epoch)
+        objects.hold()
+        held = objects.state_dict()
+        objects.release()
+        yield
+        recorder.values, objects.epoch = values, logged
+        objects.load_state_dict(held)
 
     def _is_counted(self, weight: float, has_loss: bool) -> bool:
         """Whether the step has a weight on any rank."""

@@ -6,7 +6,7 @@ torchmetrics are found by ``_defaults``, the attribute in which ``Metric.add_sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -48,6 +48,7 @@ class MetricObjects:
         self._computed: list[MetricObject] = []  # to be reset
         self._held: State | None = None
         self._warned: set[str] = set()
+        self._is_shared = False  # among ranks, which compute together
 
     def add(self, name: str | None, metric: MetricObject, owner: object, *, evaluates: bool) -> None:
         """Register a metric, to be computed at the end of the epoch or evaluation. Called in each step.
@@ -83,6 +84,24 @@ class MetricObjects:
                 f" device nor part of checkpoints; assign it to an attribute in __init__, in a ModuleDict or ModuleList"
             )
 
+    def agree(self, exchange: Callable[[Any], list[Any]], *, evaluates: bool) -> None:
+        """Register what any rank has logged, in one order: to compute a metric, all ranks exchange its state.
+
+        Args:
+            exchange: Returns this value of each rank.
+        """
+        self._is_shared = True
+        logged = self.evaluation if evaluates else self.epoch
+        modules = dict(self._module.named_modules())
+        paths = {id(one): path for path, one in modules.items()}
+        everyone = exchange([(name, paths[one]) for name, one in logged if one in paths])
+        own, ordered = dict(logged), [entry for entries in everyone for entry in entries]
+        logged.clear()
+        for name, path in ordered:
+            if is_metric(metric := modules.get(path)):
+                logged[name, id(metric)] = metric
+        logged.update(own)
+
     def compute(self, name: str | None, metric: MetricObject) -> dict[str, Any]:
         """Compute a metric, which may wait for the device; return its values by name, unchecked.
 
@@ -94,7 +113,7 @@ class MetricObjects:
         """
         kind = type(metric).__name__
         states = [one for _, one in _stateful(metric)] if isinstance(metric, torch.nn.Module) else []
-        if states and not any(map(_is_updated, states)):
+        if states and not self._is_shared and not any(map(_is_updated, states)):
             logger.warning(f"{_call(name)} got a {kind} without any update() in this epoch; it has no value this time")
             return {}
         try:

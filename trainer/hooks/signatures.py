@@ -66,6 +66,12 @@ def takes_outputs(hook: Callable[..., object]) -> bool:
     return inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in _FIXED for kind in kinds) > 1
 
 
+def requires_outputs(hook: Callable[..., object]) -> bool:
+    """Whether a hook cannot be called with its first argument, ``global_step``, alone."""
+    signature = signature_of(hook)
+    return signature is not None and not can_take(signature, [None], {})
+
+
 def can_take(signature: inspect.Signature, given: Sequence[object], named: Mapping[str, object]) -> bool:
     """Whether these arguments can be bound."""
     try:

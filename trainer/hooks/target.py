@@ -14,7 +14,7 @@ from trainer.errors import add_note
 from trainer.hooks.capture import collate_steps
 from trainer.hooks.hooks import CallbackHooks, Hook, add_hint, hook_arguments, hook_of, wants_outputs
 from trainer.hooks.recorder import MetricRecorder
-from trainer.hooks.signatures import clear_error
+from trainer.hooks.signatures import clear_error, requires_outputs
 
 
 class CallbackTarget:
@@ -111,8 +111,8 @@ class CallbackTarget:
             outputs = self._outputs.pop(self._done, None)
             if outputs is None and payload is not None and payload.outputs is not None:
                 outputs = payload.outputs.collated()
-                if not outputs and type(event) is TrainStepEnded and self._wants_outputs:
-                    return  # other ranks alone have computed this step
+                if not outputs and type(event) is TrainStepEnded and requires_outputs(hook):
+                    return  # `train_step` has returned None on this rank, and not on another
             args, kwargs = hook_arguments(event, outputs or ())
             hook(*args, **kwargs)
         except BaseException as raised:

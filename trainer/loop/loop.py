@@ -23,6 +23,7 @@ from trainer.checkpoint.position import Position
 from trainer.data.rng import RngState, restore_rng
 from trainer.errors import EmptyDataLoader
 from trainer.hooks.capture import Capture, Copy, EpochOutputs
+from trainer.hooks.signatures import requires_outputs
 from trainer.loop.boundary import Boundary
 from trainer.loop.evaluation import Evaluation
 from trainer.loop.feed import Feed
@@ -276,6 +277,7 @@ class TrainingLoop:
         adopts = bool(self._attempt.hooks.wanting_outputs(TrainEpochEnded))
         everyone = world.gather(Numbers(None, True, outputs is not None, adopts, []))
         exchange_outputs(world, outputs, everyone)
+        self._attempt.recorder.objects.agree(world.gather, evaluates=False)
 
     def _step_limit(self) -> int:
         """Return the maximum ``global_step`` of the starting epoch."""
@@ -351,13 +353,15 @@ class TrainingLoop:
                 self._boundary.wait_for_fence(payload.fence)
         if self._step_hooks:
             live, hooks = outcome.outputs if self._hooks_want_outputs else None, self._step_hooks
-            if live is not None and not live:  # other ranks alone have computed this step
-                hooks = [hook for hook in hooks if not hook.wants_outputs]
+            if live is not None and not live:  # `train_step` has returned None on this rank
+                hooks = [hook for hook in hooks if not requires_outputs(hook.call)]
             self._boundary.run_inline_step(hooks, live)
 
     def _payload(self, outcome: StepOutcome, outputs: EpochOutputs | None) -> Payload:
         """Return the payload of a step's event: outputs, if an observer receives them, and the fence."""
         attempt, payload, live, loss = self._attempt, Payload(), outcome.outputs, outcome.loss
+        if outcome.places is not None and not outcome.places:  # of a dummy
+            outputs = None
         receivers = attempt.ring.audience.payload_receivers.get(TrainStepEnded, ())
         if live is not None and (receivers or outputs is not None):
             # Where the loss is the only output, the event's is a copy of it that never changes.

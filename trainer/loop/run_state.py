@@ -10,6 +10,7 @@ import torch
 from trainer.checkpoint.position import RANK_FIELDS, SAVED_FIELDS, Position
 from trainer.data.loaders import has_state
 from trainer.data.rng import capture_rng
+from trainer.data.tensors import map_tensors
 from trainer.errors import add_note
 from trainer.hooks.hooks import CallbackHooks
 from trainer.loop.attempt import Attempt
@@ -40,6 +41,8 @@ def rank_state(attempt: Attempt, position: Position, loader: Any) -> dict[str, A
     return {
         "rng": position.rng_at_validation or capture_rng(attempt.device),
         "position": {name: place[name] for name in RANK_FIELDS},
+        # SYNC: of the states of metric objects, if the module has any.
+        "objects": map_tensors(torch.Tensor.cpu, attempt.recorder.objects.state_dict()),
     }
 
 

@@ -150,12 +150,12 @@ class Validation:
             restore_rng(interrupted, attempt.device)
         if not position.validated_keys:
             recorder.begin_validation(attempt.origin.global_step)
-        if attempt.strategy is not None:
-            attempt.strategy.sync_buffers()  # WAIT: for all ranks
         left = {key: loader for key, loader in loaders.items() if key not in position.validated_keys}
         if left:
             gate = self._checkpoints.stager.gate
             with self._optimization.evaluation(gate), attempt.averaging.applied(gate):
+                if attempt.strategy is not None:
+                    attempt.strategy.sync_buffers()  # WAIT: for all ranks
                 self._evaluation.run(
                     Stage.VAL,
                     left,
