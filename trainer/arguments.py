@@ -91,7 +91,8 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
     non_finite: Literal["warn", "skip", "stop"] = "warn"
     """Action when a loss, a gradient or the gradient norm is NaN or infinite: warn and apply the step, skip the step
     (which waits for the device once per step), or stop the run. With float16, a step whose gradients overflow is always
-    skipped, and counts once the loss scale is 1."""
+    skipped, and counts once the loss scale is 1. To warn, a CPU checks 4 MiB of gradients per step in turn, so that one
+    of a larger model may be reported some steps later, or as a loss."""
     max_skipped_steps: _Count = 100
     """Maximum consecutive skipped steps; reaching it fails the run."""
     epoch_outputs_limit_bytes: _Count = 4 * 2**30

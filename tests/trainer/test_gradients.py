@@ -222,6 +222,32 @@ def test_every_kind_of_gradient_is_looked_at_and_none_is_changed(make: Any, bad:
         assert finite.item() == 0
 
 
+@pytest.mark.parametrize(
+    ("sizes", "turns"), [([10] * 50, 1), ([2**20] * 3, 3), ([10, 2**21, 10, 2**19, 2**19, 10], 4), ([2**22], 1)]
+)
+def test_in_turn_each_gradient_is_checked_once_per_round(sizes: list[int], turns: int) -> None:
+    for bad in range(len(sizes)):
+        gradients = [torch.full((size,), math.nan if i == bad else 1.0) for i, size in enumerate(sizes)]
+        check = GradientCheck(in_turn=True)
+        found = [check.find(gradients) for _ in range(2 * turns)]
+        assert sum(one is not None and one.item() > 0 for one in found) == 2
+
+
+@pytest.mark.parametrize("policy", ["warn", "skip"])
+def test_a_gradient_of_a_large_model_is_reported_at_its_step_unless_it_only_warns(policy: Any) -> None:
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        calls.append(global_step)
+        loss = net.forward_loss(batch)[0]
+        return (BadGradient.apply(loss, math.nan) if len(calls) == 2 else loss) + net.wide.weight.mean()
+
+    calls: list[int] = []
+    net = Net(rows=48, train_step=step)
+    net.wide = nn.Linear(1, 3 * 2**20)
+    outcome = train(net, non_finite=policy, val_interval_epochs=0)
+    first = min(event.global_step for event in [*outcome.of(NonFiniteGradient), *outcome.of(NonFiniteLoss)])
+    assert first == 1 if policy == "skip" else first in (2, 3)  # a skipped step has no number of its own
+
+
 def test_an_empty_list_of_gradients_is_not_checked() -> None:
     assert GradientCheck().find([]) is None
 

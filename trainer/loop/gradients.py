@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -13,14 +14,24 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+_PART_BYTES = 4 * 2**20
+"""Gradients of a step that are checked on a CPU, where they may be checked in turn."""
+
 
 class GradientCheck:
     """Looks for NaN and infinity in the gradients of each step, of any device, layout and type.
 
     Used on the loop's thread, in every step. It waits for no device.
+
+    Args:
+        in_turn: Check about 4 MiB of a CPU's gradients per step, the others in the next steps: to read all of them
+            takes a large model 4 to 7 % of its step. A gradient that is not finite has made its parameter so, and is
+            found later, unless that has made the loss so before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_turn: bool = False) -> None:
+        self._in_turn = in_turn
+        self._turns: dict[int, Iterator[slice]] = {}  # by number of gradients: a part of the model has its own
         self._one = torch.ones(())
         self._free: list[torch.Tensor] = []  # zeros () on one device, allocated in batches to save a kernel per step
 
@@ -33,6 +44,11 @@ class GradientCheck:
         """
         if not gradients:
             return None
+        if self._in_turn:
+            turns = self._turns.get(len(gradients))
+            if turns is None:
+                turns = self._turns[len(gradients)] = itertools.cycle(_parts(gradients))
+            gradients = gradients[next(turns)]
         if not self._free:
             device = gradients[0].device
             self._free = list(torch.zeros(256, device=device).unbind())
@@ -48,6 +64,18 @@ class GradientCheck:
                 self._free.clear()
             found = _look_at_each(gradients)
         return found
+
+
+def _parts(gradients: list[torch.Tensor]) -> list[slice]:
+    """Divide gradients into parts of `_PART_BYTES`, or of one larger gradient; those of other devices are one part."""
+    begins, nbytes = [0], 0
+    for index, one in enumerate(gradients):
+        size = one.numel() * one.element_size()
+        if nbytes and nbytes + size > _PART_BYTES and one.is_cpu:
+            begins.append(index)
+            nbytes = 0
+        nbytes += size
+    return [slice(begin, end) for begin, end in itertools.pairwise([*begins, len(gradients)])]
 
 
 def _look_at_each(gradients: list[torch.Tensor]) -> torch.Tensor:

@@ -74,7 +74,7 @@ class Optimization:
         self._guards = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.gradients = Clearing(self.optimizers, attempt.module, attempt.device)
-        self._gradient_check = GradientCheck()
+        self._gradient_check = GradientCheck(in_turn=attempt.arguments.non_finite == "warn")
         self._switched: list[Any] = [
             one
             for one in self.optimizers
