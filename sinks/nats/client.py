@@ -34,6 +34,8 @@ ANSWER_S = 10.0
 _PING_S = 10
 _MOST_PINGS = 2
 _CREDS_BYTES = 2**16
+_FAILURES = (Error, OSError, TimeoutError, ValueError, TypeError, LookupError, AttributeError)
+"""What nats-py raises for a failed request, and for the answers of something that is not a NATS server."""
 _GATHER_S = 0.1
 """Maximum seconds for which a message waits for others that are read with it."""
 _CONSUMER_S = 300.0
@@ -113,7 +115,7 @@ class NatsClient:
                     closed_cb=self._lose,
                     **options,
                 )
-        except (Error, OSError, TimeoutError) as error:
+        except _FAILURES as error:
             reason = self.problem or _reason(error)
             if "authorization" in reason.lower() or "certificate" in reason.lower():
                 hint = "give a valid token, creds or ca in the address"
@@ -188,7 +190,7 @@ class NatsClient:
             raise ConnectionError(f"the NATS server at {server}: {reason}") from None
         except APIError:
             raise
-        except (Error, OSError, TimeoutError) as error:
+        except _FAILURES as error:
             raise ConnectionError(f"the NATS server at {server}: {self.problem or _reason(error)}") from None
 
     async def stream(self) -> str | None:
@@ -225,7 +227,7 @@ class NatsClient:
             answer = await self._nats.request(subject, data, timeout=timeout_s)
         except NoRespondersError:
             return None
-        except (Error, OSError, TimeoutError) as error:
+        except _FAILURES as error:
             server = self.address.server
             raise ConnectionError(f"the NATS server at {server}: {self.problem or _reason(error)}") from None
         return answer.data
@@ -260,7 +262,7 @@ class Messages:
                 with contextlib.suppress(TimeoutError):
                     # Once it has one message it waits for others as long as it may.
                     found = await self._subscription.fetch(most, timeout=min(left_s, _GATHER_S))
-        except (Error, OSError) as error:
+        except _FAILURES as error:
             await self.close()
             raise ConnectionError(f"the NATS server at {self._client.address.server}: {_reason(error)}") from None
         except BaseException:  # cancelled: messages of a request under way would arrive at the next
@@ -339,5 +341,5 @@ def _reason(error: BaseException) -> str:
     """A failure in one line, without secrets."""
     if isinstance(error, OSError) and error.errno and not isinstance(error, ssl.SSLError):
         return os.strerror(error.errno)
-    text = plain_text(masked(str(error)).removeprefix("nats: ").strip("'\""), 300)
+    text = plain_text(masked(str(error)).removeprefix("nats: ").strip("'"), 300)
     return text or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)

@@ -66,7 +66,7 @@ class Publisher:
         self._address = address
         self._run = run
         self._client: NatsClient | None = None
-        self._stream = ""
+        self._stream = ""  # empty once it is gone
         self._inbox = ""
         self.newest: Event | None = None
         """The run's newest event in the stream when the connection was made."""
@@ -79,7 +79,6 @@ class Publisher:
         self._failure: str | None = None
         self._duplicate: tuple[Event, int] | None = None
         self._refused: set[int] = set()  # `seq` of events that the server has refused, and later ones not
-        self._is_stale = False  # whether the stream is gone
         self._since: float | None = None  # when the first of the events was sent that are not acknowledged
         self._connect()
 
@@ -91,7 +90,7 @@ class Publisher:
             SinkMisconfigured: Another run has published an event of the same identity.
         """
         client = self._client
-        if client is None or client.is_lost or self._is_stale:
+        if client is None or client.is_lost or not self._stream:
             try:
                 client = self._connect()
             except SinkMisconfigured as error:  # it has worked before, and may again
@@ -133,7 +132,7 @@ class Publisher:
         except BaseException:
             client.close()
             raise
-        self._client, self._is_stale = client, False
+        self._client = client
         return client
 
     async def _prepare(self, client: NatsClient) -> None:
@@ -253,7 +252,8 @@ class Publisher:
             self._failure = plain_text(str(answer.error.get("description") or nobody), 200)
             if answer.error.get("err_code") == _TOO_LARGE:
                 self.max_payload = min(self.max_payload, len(sent[1]) - 1)  # next time a gap replaces it
-            self._is_stale = self._is_stale or not data  # the stream was removed: make sure of another
+            if not data:
+                self._stream = ""  # the stream was removed: make sure of another
         elif answer.duplicate and self._duplicate is None:
             self._duplicate = event, answer.seq
 

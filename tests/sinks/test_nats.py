@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import subprocess
 import threading
@@ -386,6 +387,33 @@ def test_a_server_without_tls_gets_no_token_that_was_meant_for_one_with_tls() ->
         assert b"s3cret" not in said
         NatsClient.connected(NatsAddress.of(f"nats://{host}")).close()  # as far as it was meant for that
         assert b"s3cret" in said
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"INFO []\r\n",
+        b"INFO " + b"[" * 100_000 + b"\r\n",
+        b'INFO {"max_payload":9}\r\nPONG\r\nMSG zz\r\n',
+        b"",
+    ],
+)
+def test_something_that_is_not_a_nats_server_is_tried_again(answer: bytes) -> None:
+    """Whatever it answers, as it may be starting, or the port another's for a while."""
+
+    def serve(listening: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peer, _ = listening.accept()
+                with peer:
+                    peer.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, args=(listening,), daemon=True).start()
+        with pytest.raises(ConnectionError, match=r"nats://127\.0\.0\.1:\d+: "):
+            NATS(f"nats://127.0.0.1:{listening.getsockname()[1]}").open(RunInfo("demo"))
+        listening.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize(
