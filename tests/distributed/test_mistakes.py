@@ -29,7 +29,7 @@ def attempt(name, module=None, more={}, **arguments):
     module = module or Classifier(Case(rows=16))
     try:
         Trainer(
-            module, TrainerArguments(**{"train_batch_size": 4, **arguments}), sinks=[], checkpoints=False,
+            module, TrainerArguments.from_dict({"train_batch_size": 4, **arguments}), sinks=[], checkpoints=False,
             **{"run_dir": "run-" + name, **more}
         ).train()
     except Exception as error:
@@ -56,6 +56,7 @@ attempt("module", Wider(Case(rows=16)))
 attempt("no-data", Empty(Case(rows=16)))
 attempt("folder", more={"run_dir": "a-file/run"})
 attempt("resume", more={"resume": "nowhere", "run_id": "x"})
+attempt("norm", strategy={"type": "ddp", "sync_batch_norm": True})
 attempt("good")
 Path(f"place-{rank}").mkdir()
 os.chdir(f"place-{rank}")
@@ -84,6 +85,7 @@ def test_mistakes_are_explained_on_every_rank_and_the_next_run_works(ranks: Star
     check("module", "ArgumentsError", "the parameter first.weight is", "(33, 12)", "(32, 12)")
     check("folder", "RunFolderError", "a-file")
     check("resume", "CheckpointNotFound", "nowhere")
+    check("norm", "ArgumentsError", "Ddp(sync_batch_norm=True) needs an accelerator")
     check("unshared", "RunFolderError", "is not visible to rank 1 on", "that all ranks share", by=1)
     for found in (of_0, of_1):
         assert found["no-data"][0] == "DataLoaderError"

@@ -95,6 +95,34 @@ def test_validate_and_test_return_the_same_on_every_rank_for_each_kind_of_datalo
         assert rank["evaluations"]["tested"] == alone["evaluations"]["tested"]  # in order, without duplicates
 
 
+def test_averaged_weights_other_precisions_and_compiled_steps_work_on_ranks(found: Found) -> None:
+    alone, ranks, _ = found
+    for rank in ranks:
+        assert rank["averaged"]["val_loss"] == pytest.approx(alone["averaged"]["val_loss"], abs=1e-12)
+        assert rank["averaged"]["weights"] == pytest.approx(alone["averaged"]["weights"], abs=1e-12)
+        for name, weights in alone["precisions"].items():
+            assert rank["precisions"][name] == ranks[0]["precisions"][name], name  # the ranks stay equal
+            # The first losses of float16 overflow at another scale.
+            tolerance = 0.2 if name == "float16" else 1e-5
+            assert rank["precisions"][name] == pytest.approx(weights, abs=tolerance), name
+
+
+def test_a_run_in_a_service_and_a_group_of_the_hosts_own_are_joined(found: Found) -> None:
+    alone, ranks, _ = found
+    for rank in ranks:
+        assert rank["hosted"]["steps"] == alone["hosted"]["steps"] == 3
+        assert rank["hosted"]["weights"] == pytest.approx(alone["hosted"]["weights"], abs=1e-12)
+        assert rank["own group"]["weights"] == pytest.approx(alone["hosted"]["weights"], abs=1e-12)
+        assert rank["own group"]["is_left"]
+
+
+def test_a_single_process_needs_nothing_of_it_and_may_be_a_group_of_one(found: Found) -> None:
+    alone, _, _ = found
+    for name in ("ddp", "step", "feed", "evaluation", "merged", "agent", "conversation"):
+        assert f"trainer.distributed.{name}" not in alone["modules"]
+    assert alone["of one"] == pytest.approx(alone["hosted"]["weights"], abs=1e-12)
+
+
 def test_data_that_the_module_divides_itself_are_read_once_and_end_with_the_shortest_rank(found: Found) -> None:
     _, ranks, errors = found
     assert [rank["sampler"]["rows"] for rank in ranks] == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 0]]  # torch pads

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import anyio
 import torch
+import torch.distributed as dist
 import torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from trainer import CallbackInterface, Delivery, ModuleInterface, Trainer, TrainerArguments, fenced, inline
-from trainer.callbacks import EarlyStopping
+from trainer.callbacks import EMA, EarlyStopping
 from trainer.distributed import Ddp
 
 RANK = int(os.environ.get("RANK", 0))
@@ -236,15 +238,74 @@ def evaluations() -> dict[str, Any]:
     return {"validated": validated, "tested": {key: [one.tolist() for one in value] for key, value in tested.items()}}
 
 
+def averaged() -> dict[str, Any]:
+    """EMA that validates its average."""
+    module = Tiny()
+    result = run(module, "ema", [EMA(module, decay=0.5, validate=True)], epochs=2)
+    return {"val_loss": result.metrics["val_loss"], "weights": weights(module)}
+
+
+def precisions() -> dict[str, list[float]]:
+    """Weights after training in other precisions, and with compiled steps."""
+
+    class Plain(Tiny):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    found = {}
+    for name, arguments in {
+        "bfloat16": {"precision": "bfloat16"},
+        "float16": {"precision": "float16", "clip_grads": True},
+        "compiled": {"compile": True, "compile_options": {"backend": "eager"}},
+    }.items():
+        module = Plain()
+        module.net.float()
+        module.x = module.x.float()
+        run(module, name, gpu_batch_size_limit=1, **arguments)
+        found[name] = weights(module)
+    return found
+
+
+def hosted() -> dict[str, Any]:
+    """A run inside a host's event loop."""
+
+    async def main() -> tuple[int, list[float]]:
+        module = Tiny()
+        arguments = TrainerArguments(train_batch_size=4, val_batch_size=2, seed=0)
+        async with Trainer(module, arguments, checkpoints=False, run_dir="together-hosted").run() as run:
+            result = await run.result()
+        return result.global_step, weights(module)
+
+    steps, values = anyio.run(main)
+    return {"steps": steps, "weights": values}
+
+
+def in_the_hosts_group() -> dict[str, Any]:
+    """A run of a program that has made the process group itself."""
+    dist.init_process_group("gloo")
+    module = Tiny()
+    run(module, "own-group")
+    is_left = dist.is_initialized()
+    dist.destroy_process_group()
+    return {"weights": weights(module), "is_left": is_left}
+
+
 def everything() -> dict[str, Any]:
     """All of the above, by name."""
     found: dict[str, Any] = {}
-    for function in (hooks_and_metrics, stops, unfreezes, batch_norm, unused_is_found, evaluations):
+    functions = hooks_and_metrics, stops, unfreezes, batch_norm, unused_is_found, evaluations, averaged, hosted
+    for function in (*functions, precisions):
         found[function.__name__] = function()
     for kind in ("sampler", "sized", "stream"):
         found[kind] = own_data(kind)
     if WORLD_SIZE > 1:
         found["unused"] = unused()
-        with contextlib.suppress(Exception):
-            found["same"] = own_data("same")
+        found["same"] = own_data("same")
+        found["own group"] = in_the_hosts_group()
+    else:
+        found["modules"] = [name for name in sys.modules if name.startswith("trainer.distributed")]
+        module = Tiny()
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        run(module, "of-one", strategy="ddp")
+        found["of one"] = weights(module)
     return found
