@@ -65,9 +65,10 @@ Path(f"../found-{rank}.json").write_text(json.dumps(found))
 """
 
 
+@pytest.mark.timeout(200)
 def test_mistakes_are_explained_on_every_rank_and_the_next_run_works(ranks: StartRanks, tmp_path: Path) -> None:
     """The rank that can explain it raises the error; the others name that rank and repeat its text."""
-    ended = ranks(PROGRAM).end(50)
+    ended = ranks(PROGRAM).end(180)
     assert ended.code == 0, ended.err
     of_0, of_1 = (json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (0, 1))
 

@@ -11,6 +11,9 @@ from support.ranks import StartRanks
 from support.shared_runs import Case, resume, start, train
 
 from events.checkpoint.files import read_manifest
+from events.errors import CheckpointMismatch
+from trainer.checkpoint.loaded import Loaded
+from trainer.distributed.sharding import seed_for
 
 PROGRAM = """
 import os, torch
@@ -34,12 +37,12 @@ def check_weights(one: dict[str, Any], other: dict[str, Any], *, exactly: bool) 
     assert one["metrics"]["val_loss/a"] == pytest.approx(other["metrics"]["val_loss/a"], abs=1e-12)
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_ranks_resume_exactly_and_other_numbers_of_ranks_with_the_same_rows(ranks: StartRanks, tmp_path: Path) -> None:
     start(Case(), tmp_path / "of-one")
     started = ranks(PROGRAM)
     alone = train(Case(), tmp_path / "alone")
-    ended = started.end()
+    ended = started.end(280)
     assert ended.code == 0, ended.err
     for rank in (0, 1):
         whole, there, from_one = torch.load(tmp_path / f"found-{rank}.pt", weights_only=False)
@@ -50,3 +53,19 @@ def test_ranks_resume_exactly_and_other_numbers_of_ranks_with_the_same_rows(rank
     assert "rank-1.msgpack" in manifest.files
     assert manifest.format == 1  # any version of this library reads it
     check_weights(alone, resume(Case(), tmp_path / "of-two"), exactly=False)  # two ranks, then one
+
+
+def test_a_dataloaders_own_state_is_refused_by_another_number_of_ranks(tmp_path: Path) -> None:
+    """Unlike the trainer's sampler, nothing is known of it."""
+    loaded = Loaded.__new__(Loaded)
+    loaded.folder, loaded.parts = tmp_path, {}
+    position = {"world_size": 2, "loader_state": {"at": 3}, "sampler_seed": 0}
+    loaded.state = {"position": position, "metrics": {}, "rng": {}, "global_step": 5}
+    with pytest.raises(
+        CheckpointMismatch, match="the dataloader's own state for 2 ranks, which does not fit 4; resume"
+    ):
+        loaded.become(0, 4, lambda seed: {})
+    loaded.become(0, 2, lambda seed: {})
+    position["loader_state"] = None
+    loaded.become(1, 4, lambda seed: {"seed": seed})
+    assert loaded.state["rng"]["seed"] == seed_for(0, 1, 5)  # of its own, and the same each time
