@@ -114,6 +114,7 @@ def test_a_run_in_a_service_and_a_group_of_the_hosts_own_are_joined(found: Found
         assert rank["hosted"]["weights"] == pytest.approx(alone["hosted"]["weights"], abs=1e-12)
         assert rank["own group"]["weights"] == pytest.approx(alone["hosted"]["weights"], abs=1e-12)
         assert rank["own group"]["is_left"]
+        assert rank["tuned"] == alone["tuned"]  # in each rank for itself
 
 
 def test_a_single_process_needs_nothing_of_it_and_may_be_a_group_of_one(found: Found) -> None:

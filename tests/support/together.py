@@ -14,7 +14,16 @@ import torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from trainer import CallbackInterface, Delivery, ModuleInterface, Trainer, TrainerArguments, fenced, inline
+from trainer import (
+    CallbackInterface,
+    Delivery,
+    ModuleInterface,
+    Trainer,
+    TrainerArguments,
+    fenced,
+    find_learning_rate,
+    inline,
+)
 from trainer.callbacks import EMA, EarlyStopping
 from trainer.distributed import Ddp
 
@@ -266,6 +275,12 @@ def precisions() -> dict[str, list[float]]:
     return found
 
 
+def tuned() -> list[float]:
+    """The curve of `find_learning_rate`, which each rank computes for itself."""
+    found = find_learning_rate(Tiny(), TrainerArguments(train_batch_size=4, seed=0), steps=10)
+    return list(found.losses)
+
+
 def hosted() -> dict[str, Any]:
     """A run inside a host's event loop."""
 
@@ -293,7 +308,7 @@ def in_the_hosts_group() -> dict[str, Any]:
 def everything() -> dict[str, Any]:
     """All of the above, by name."""
     found: dict[str, Any] = {}
-    functions = hooks_and_metrics, stops, unfreezes, batch_norm, unused_is_found, evaluations, averaged, hosted
+    functions = hooks_and_metrics, stops, unfreezes, batch_norm, unused_is_found, evaluations, averaged, hosted, tuned
     for function in (*functions, precisions):
         found[function.__name__] = function()
     for kind in ("sampler", "sized", "stream"):

@@ -244,7 +244,7 @@ class LoopThread:
             if not self.task.started:  # it failed before the length of an epoch was known
                 self.task.publish_started(None)
             settings = self._checkpoints.settings
-            if settings is not None and settings.weights and self._is_clean:
+            if settings is not None and settings.weights and self._is_clean and attempt.world.leads:
                 self._keep_weights(settings.weights == "best")
             self.total = attempt.ledger.total()
             attempt.ring.publish(LedgerReported(*attempt.origin.header(), scope="run", ledger=self.total))

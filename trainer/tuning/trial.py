@@ -93,7 +93,7 @@ class Tuning:
         """
         own: dict[str, Any] = {"epochs": None, "max_steps": steps, "max_train_steps_per_epoch": None}
         own |= {"val_interval_epochs": 0, "val_interval_steps": None, "validate_at_start": False}
-        own |= {"batch_size_schedule": {}, "max_time_s": None, "system_interval_s": None}
+        own |= {"batch_size_schedule": {}, "max_time_s": None, "system_interval_s": None, "strategy": "single"}
         control = Control()
         watch = Watch(control, on_step)
         try:
