@@ -15,14 +15,24 @@ from support.training import read_journal
 from events.messages import RunStarted, TrainStepEnded
 
 PROGRAM = """
-import os, sys, torch
+import os, torch
 from pathlib import Path
 from support.shared_runs import CASES, train
-from support.training import read_journal
+from trainer.distributed.ddp import DdpStrategy
+from trainer.distributed.strategy import Share
 
 found = [train(CASES[number], Path("run-%d" % number)) for number in {numbers!r}]
 torch.save(found, f"found-{{os.environ['RANK']}}.pt")
+
+def total(strategy):  # as on an accelerator, where the host does not read the weight of a step
+    gradient, strategy._tally.grad = strategy._tally.grad, None
+    return Share(*(number.clone() for number in gradient.unbind()))
+
+DdpStrategy.total = total
+found = [train(CASES[number], Path("unread-%d" % number)) for number in {unread!r}]
+torch.save(found, f"unread-{{os.environ['RANK']}}.pt")
 """
+UNREAD = (1, 3, 4)
 EXPECTED = ("train_step() returned None", "find_unused_parameters=True was specified")
 
 
@@ -44,7 +54,7 @@ def test_ranks_train_what_one_process_trains(
 ) -> None:
     """In float64, for numbers of rows that leave ranks without a block, and whatever a module does with its batches."""
     numbers = tuple(numbers)
-    started = ranks(PROGRAM.format(numbers=numbers), world_size)
+    started = ranks(PROGRAM.format(numbers=numbers, unread=UNREAD if world_size == 2 else ()), world_size)
     alone = [train(CASES[number], tmp_path / f"alone-{number}", strategy="single") for number in numbers]
     started.end(280).check(*EXPECTED)
     everyone = [torch.load(tmp_path / f"found-{rank}.pt", weights_only=False) for rank in range(world_size)]
@@ -53,6 +63,9 @@ def test_ranks_train_what_one_process_trains(
             check_same(one, other, (rank, CASES[number]))
             assert other["run_id"] == everyone[0][numbers.index(number)]["run_id"]
             assert other["folder"] == str(tmp_path / f"run-{number}")
+        unread = torch.load(tmp_path / f"unread-{rank}.pt", weights_only=False)
+        for number, other in zip(UNREAD, unread, strict=False):  # none with four ranks
+            check_same(alone[numbers.index(number)], other, (rank, number, "the weight is not read"))
     folder = tmp_path / "run-0"
     events = read_journal(folder)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))  # one history, of rank 0
