@@ -140,3 +140,14 @@ def test_a_strategy_is_chosen_by_name_or_with_options() -> None:
     assert TrainerArguments.from_dict(arguments.to_dict()) == arguments
     with pytest.raises(ArgumentsError, match="bucket_cap_mb = -1"):
         Ddp(bucket_cap_mb=-1)
+
+
+@pytest.mark.timeout(120)
+def test_the_command_train_reports_on_rank_0_alone(ranks: StartRanks, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "module: support.together:Tiny\narguments: {train_batch_size: 4, val_batch_size: 2}\nsinks: []\n"
+    )
+    program = "import sys\nfrom trainer.cli.main import main\nsys.exit(main(['train', 'run.yaml']))"
+    ended = ranks(program).end(100).check()
+    assert ended.out[0].count("finished after 3 steps") == 1
+    assert not ended.out[1]

@@ -63,15 +63,19 @@ def train(file: str, overrides: Sequence[str], *, check: bool) -> int:
         check_resume(trainer)
         _print_summary(file, config, trainer.module)
         return 0
+    from trainer.distributed.world import leads
+
     try:
         result = trainer.train()
     except (RunInterrupted, RunTerminated) as stop:
-        _print_result(stop.result)
+        if leads(trainer.arguments):
+            _print_result(stop.result)
         raise
     except OSError as error:  # most likely of the user's code, which needs the traceback
         show_exception(type(error), error, error.__traceback__)
         return 1
-    _print_result(result)
+    if leads(trainer.arguments):
+        _print_result(result)
     return 0
 
 

@@ -160,6 +160,11 @@ def joins_ranks(arguments: TrainerArguments, environment: Mapping[str, str] = os
     return arguments.strategy not in ("auto", "single") or _strategy_of(arguments, environment) is not None
 
 
+def leads(arguments: TrainerArguments, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the one that reports a run: rank 0, or a single process."""
+    return not joins_ranks(arguments, environment) or environment.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def opened(arguments: TrainerArguments, environment: Mapping[str, str] = os.environ) -> Iterator[World]:
     """Join the other ranks for the length of a block. WAIT: until all of them are there.
