@@ -23,7 +23,8 @@ from trainer.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-GUIDES = [ROOT / "trainer" / "COMING_FROM.md", *(ROOT / room / "README.md" for room in ("trainer", "events", "sinks"))]
+ROOMS = ("trainer", "trainer/distributed", "events", "sinks")
+GUIDES = [ROOT / "trainer" / "COMING_FROM.md", *(ROOT / room / "README.md" for room in ROOMS)]
 DOCUMENTS = [README, *GUIDES, ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").glob("*.md"))]
 CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 SERVES = ("stagecast watch", "stagecast demo")

@@ -106,11 +106,11 @@ class DdpStrategy:
             raise ArgumentsError(
                 "strategy='ddp' needs a module with a parameter that requires a gradient; set strategy='single'"
             )
-        self._inner = _Measured(self._module, self._trained[0])
-        self._tally = self._inner.tally
         options = self._options
+        inner = _Measured(self._module, self._trained[0], searches=options.find_unused_parameters)
+        self._tally, self._passing = inner.tally, inner.passing
         self._ddp = DistributedDataParallel(
-            self._inner,
+            inner,
             # Without device_ids: the module moves its batches itself.
             find_unused_parameters=options.find_unused_parameters,
             bucket_cap_mb=options.bucket_cap_mb,
@@ -124,7 +124,7 @@ class DdpStrategy:
             self._wrap()
 
     def forward(self, *args: Any) -> Any:
-        inner = self._inner
+        passing = self._passing
         try:
             self._ddp(*args)
         except RuntimeError as error:
@@ -135,14 +135,14 @@ class DdpStrategy:
                     " strategy=Ddp(find_unused_parameters=True)",
                 )
             raise
-        result, inner.result = inner.result, None
+        result, passing.result = passing.result, None
         return result
 
     def accumulating(self) -> contextlib.AbstractContextManager[object]:
         return self._ddp.no_sync()
 
     def skip(self, *, skips: bool) -> None:
-        self._inner.skips = skips
+        self._passing.skips = skips
 
     def backward(self, scaled: torch.Tensor | None, loss: torch.Tensor | None, part: float, *, last: bool) -> None:
         roots: list[torch.Tensor] = []
@@ -167,14 +167,14 @@ class DdpStrategy:
             weight = self._parts[part] = torch.full((), part, dtype=tally.dtype, device=tally.device)
         if loss is None or not part:
             return torch.stack((weight, torch.zeros_like(weight)))
-        return torch.stack((weight, loss.reshape(()).to(tally.device, tally.dtype) * part))
+        loss = loss.reshape(()).to(tally.device, tally.dtype)
+        return torch.stack((weight, loss if part == 1 else loss * part))
 
     def total(self) -> Share:
         gradient, self._tally.grad = self._tally.grad, None
         assert gradient is not None
-        weight, loss = gradient.unbind()
         # On the CPU the gradients are complete, so that reading one waits for nothing.
-        return Share(float(weight) if weight.is_cpu else weight.clone(), loss.clone())
+        return Share(gradient.tolist()[0] if gradient.is_cpu else gradient[0].clone(), gradient[1].clone())
 
     def mean(self, loss: torch.Tensor | None, part: float) -> Share:
         raise NotImplementedError  # `total` has it
@@ -191,29 +191,46 @@ def _sync_buffers(module: nn.Module) -> None:
         dist.broadcast(buffer, 0)
 
 
+class _Passing:
+    """What a forward pass leaves: not attributes of the module, which take several times as long to set.
+
+    Attributes:
+        result: What the module has returned.
+        skips: The next pass is of a batch without weight.
+    """
+
+    def __init__(self) -> None:
+        self.result: Any = None
+        self.skips = False
+
+
 class _Measured(nn.Module):
     """The module as DistributedDataParallel calls it.
 
     Attributes:
         tally: The gradient is the weight and the loss of a step. Its elements are never read.
-        result: What the module has returned.
-        skips: The next pass is of a batch without weight.
+
+    Args:
+        searches: Whether DistributedDataParallel searches for unused parameters.
     """
 
-    def __init__(self, module: nn.Module, like: torch.Tensor) -> None:
+    def __init__(self, module: nn.Module, like: torch.Tensor, *, searches: bool) -> None:
         super().__init__()
         self.module = module
         # Of the parameters' type, to share their messages; a count of rows needs more digits than bfloat16 has.
         dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
         self.tally = nn.Parameter(torch.zeros(2, dtype=dtype, device=like.device))
-        self.result: Any = None
-        self.skips = False
+        self.passing = _Passing()
+        self._searches = searches
 
     def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """Return what DistributedDataParallel must search for unused parameters."""
-        self.result = result = self.module(*args)
+        passing = self.passing
+        passing.result = result = self.module(*args)
+        if not self._searches:
+            return ()
         searched = self.tally.view(2)  # a view, because a parameter itself has no graph
-        loss = None if result is None or self.skips else next(iter(as_tuple(result)), None)
+        loss = None if result is None or passing.skips else next(iter(as_tuple(result)), None)
         return (loss, searched) if isinstance(loss, torch.Tensor) else (searched,)
 
 

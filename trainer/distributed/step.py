@@ -143,7 +143,9 @@ class RankStep(Step):
             self._strategy.backward(None, None, 0.0, last=self._last)
             return torch.zeros_like(detached)
         # A dummy has a backward pass, because the module's own code may exchange gradients in it.
-        share = loss * part if part else torch.where(loss.isfinite(), loss, 0.0) * 0.0
+        share = loss
+        if part != 1:
+            share = loss * part if part else torch.where(loss.isfinite(), loss, 0.0) * 0.0
         scaled = share if self._attempt.precision.scaler is None else self._attempt.precision.scale(share)
-        self._strategy.backward(scaled.reshape(()), detached, part, last=self._last)
+        self._strategy.backward(scaled.reshape(()) if scaled.dim() else scaled, detached, part, last=self._last)
         return share.detach()

@@ -251,5 +251,7 @@ def _store_of(dist: Any, environment: Mapping[str, str], timeout: timedelta) -> 
         rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
         _stores[address] = next(rendezvous.rendezvous("env://", timeout=timeout))[0]
     _opened += 1
-    job, restart = environment.get("TORCHELASTIC_RUN_ID", ""), environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    job, restart = environment.get("TORCHELASTIC_RUN_ID", ""), "0"
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # else rank 0 serves it, and each life a new one
+        restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0")  # differs between nodes
     return dist.PrefixStore(f"stagecast/{job}/{restart}/{_opened}", _stores[address])
