@@ -71,8 +71,9 @@ class Trainer:
             never holds the loop's interpreter, and if the host dies, another continues. Their output is in
             ``sinks/host.log`` in the run's folder.
         journal: Whether and how the run keeps its events on disk; on by default.
-        run_id: The run's name; None for a new one each time. With the folder of an earlier attempt, this is the next
-            attempt at that run. Only this name identifies the run's checkpoints: use it for one run only.
+        run_id: The run's name; None for a new one each time, with ``run_dir`` for one new one. With the folder of an
+            earlier attempt, this is the next attempt at that run. Only this name identifies the run's checkpoints: use
+            it for one run only.
         run_dir: The run's folder; by default ``runs/RUN_ID`` below the working directory. Without a journal, without
             this and without `Checkpoints`, nothing is written.
         checkpoints: When checkpoints are taken and how many are kept. True: the defaults of `Checkpoints`, if the run
@@ -271,6 +272,7 @@ class Trainer:
     def _place(self) -> RunPlace:
         run_id = self._run_id or self._known_run_id() or new_run_id()
         checkpoints, run_dir = self._checkpoints, self._run_dir
+        self._run_id = run_id if run_dir is not None else self._run_id  # `validate` after `train` is of the same run
         has_folder = self._journal is not None or run_dir is not None or isinstance(checkpoints, Checkpoints)
         has_folder = has_folder or self._resume in KEYWORDS
         settings = Checkpoints() if checkpoints is True else checkpoints or None

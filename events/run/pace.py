@@ -36,6 +36,7 @@ class Pace:
         self._samples: deque[tuple[float, int]] = deque(maxlen=256)
         self._paused_at: float | None = None
         self._idle_s = 0.0
+        self._most_rows = 0
         self._origin: tuple[float, int] | None = None  # (working time, step) of the first step seen
 
     def move(self, time: float) -> None:
@@ -69,6 +70,9 @@ class Pace:
         """Add consecutive steps at once: most events are these, and they cost the most."""
         first, last = steps[0], steps[-1]
         self.move(last.time)
+        if last.rows is not None and last.rows > self._most_rows:  # fewer are those of an epoch's last step
+            self._most_rows = last.rows
+            self.forget()
         if self._origin is None:
             since_s = self.elapsed_s - self._idle_s - max(0.0, last.time - first.time)
             self._origin = (since_s, first.global_step)

@@ -51,12 +51,13 @@ class Tape:
     def started(self, **fields: Any) -> Any:
         return self(RunStarted, **({"module": "Net", "epochs": 2, "steps_per_epoch": 10} | fields))
 
-    def steps(self, count: int, step_s: float = 1.0, loss: float = 1.0) -> list[Any]:
+    def steps(self, count: int, step_s: float = 1.0, loss: float = 1.0, rows: int | None = None) -> list[Any]:
         found = []
         for _ in range(count):
             self.time += step_s
             self.step += 1
-            found.append(self(TrainStepEnded, loss=loss, step_in_epoch=self.step - 10 * self.epoch, step_s=step_s))
+            in_epoch = self.step - 10 * self.epoch
+            found.append(self(TrainStepEnded, loss=loss, step_in_epoch=in_epoch, step_s=step_s, rows=rows))
         return found
 
     def saved(self, step: int, metric: float | None = None) -> Any:
@@ -101,6 +102,14 @@ def test_time_left_follows_epochs_whose_steps_are_fewer_and_slower(tape: Tape, s
     assert (state.steps, state.total_steps, state.run_left_s) == (5, 20, None)
     state.add(tape.steps(1, step_s=2.0))
     assert state.run_left_s == 16.0
+
+
+def test_time_left_follows_steps_whose_rows_grow_within_an_epoch(tape: Tape, state: RunState) -> None:
+    state.add([tape.started(total_steps=20), tape(TrainEpochStarted, steps=20, total_steps=20)])
+    state.add([*tape.steps(9, rows=8), *tape.steps(1, rows=4)])
+    state.add(tape.steps(1, step_s=2.0, rows=16))
+    state.add([*tape.steps(1, step_s=2.0, rows=16), *tape.steps(1, step_s=2.0, rows=4)])
+    assert state.run_left_s == 14.0
 
 
 def test_missed_steps_and_a_clock_that_was_set_back_change_no_rate(tape: Tape, state: RunState) -> None:

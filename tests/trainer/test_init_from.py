@@ -217,6 +217,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_names_and_a_fix(tmp_path: 
     weights = {"weight": torch.ones(1, 4), "bias": torch.ones(1)}
     save_file(weights, tmp_path / "bare")
     save_file({f"net.linear.{name}": value for name, value in weights.items()}, tmp_path / "wrapped")
+    save_file({f"linear._orig_mod.{name}": value for name, value in weights.items()}, tmp_path / "compiled")
     save_file({"linear.weight": torch.ones(1, 4), "other.bias": torch.ones(1)}, tmp_path / "other")
     save_file({"a.linear.weight": torch.ones(1, 4), "linear.weight": torch.ones(1, 4)}, tmp_path / "twice")
     for name, options, why in (
@@ -227,6 +228,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_names_and_a_fix(tmp_path: 
         ),
         ("bare", {}, "InitFrom(path, rename={'': 'linear.'}) makes 2 names fit"),
         ("wrapped", {}, "InitFrom(path, rename={'net.': ''}) makes 2 names fit"),
+        ("compiled", {}, "InitFrom(path, rename={'linear._orig_mod.': 'linear.'}) makes 2 names fit"),
         (
             "wrapped",
             {"strict": False},

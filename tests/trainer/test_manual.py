@@ -271,6 +271,7 @@ def test_an_invalid_argument_of_optimize_is_named(step: Any, said: str) -> None:
     outcome = train(manual_net(step))
     assert isinstance(outcome.error, ContractError)
     assert said in str(outcome.error)
+    assert not any("has applied no loss" in warned.message for warned in outcome.of(WarningLogged))
 
 
 def test_an_optimizer_that_computes_the_loss_needs_a_closure() -> None:

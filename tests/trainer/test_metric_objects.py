@@ -321,6 +321,7 @@ def log_twice(net: Any) -> None:
             ValueError,
             "log('value') got reduce='max' for a MeanMetric, which combines the batches itself; leave reduce out",
         ),
+        (lambda net: net.log("value", tm.MeanMetric), TypeError, "a number or a tensor of one element, not <class"),
         (log_twice, ValueError, "log('value') got another MeanMetric object than before in the same epoch; create it"),
     ],
 )

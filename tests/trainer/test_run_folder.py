@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 import zlib
+from collections import UserList
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,13 @@ def test_runs_without_a_name_have_folders_of_their_own() -> None:
         assert {event.run_id for event in read_journal(result.run_dir or "")} == {result.run_id}
 
 
+def test_a_trainer_with_a_folder_validates_the_run_that_it_has_trained() -> None:
+    trainer = make_trainer(Net(), run_dir="run", journal=True)
+    result = trainer.train()
+    assert trainer.validate()["val_loss"] == result.metrics["val_loss"]
+    assert attempts(history_of("run")[0], RunStarted) == [1, 2]
+
+
 def test_a_relative_folder_belongs_to_the_working_directory_of_the_start(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -338,6 +346,16 @@ class Model:
         return {"lr": 0.1}
 
 
+class Hidden:
+    """Has no public attributes."""
+
+    def __init__(self) -> None:
+        self._width = 3
+
+    def __str__(self) -> str:
+        return "hidden"
+
+
 @pytest.mark.parametrize(
     ("config", "recorded"),
     [
@@ -352,9 +370,24 @@ class Model:
         ),
         ({"a\udc80": ["\udc81"]}, {"a\\udc80": ["\\udc81"]}),
         ({"db": ["pg://me:hid/den@there/x"]}, {"db": ["pg://...@there/x"]}),
+        (
+            {"sizes": UserList([1, {"depth": UserList([2])}]), "model": Hidden()},
+            {"sizes": [1, {"depth": [2]}], "model": "hidden"},
+        ),
         ({"lr": np.float32(0.5), "n": np.int64(2), "table": np.ones(2)}, {"lr": 0.5, "n": 2, "table": "[1. 1.]"}),
     ],
-    ids=["mapping", "dataclass", "struct", "namespace", "model", "integers", "surrogates", "password", "numpy"],
+    ids=[
+        "mapping",
+        "dataclass",
+        "struct",
+        "namespace",
+        "model",
+        "integers",
+        "surrogates",
+        "password",
+        "lists",
+        "numpy",
+    ],
 )
 def test_the_users_hyperparameters_are_recorded(config: Any, recorded: dict[str, Any]) -> None:
     """In the folder and in `RunStarted`; values that JSON cannot hold become text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 
 import msgspec
@@ -218,16 +219,26 @@ def _hint(own: Mapping[str, object], state: object, otherwise: str) -> str:
     """Suggest the new prefix with which the most names fit; without one ``otherwise``."""
     names = list(state) if isinstance(state, Mapping) else []
     best, most = None, sum(name in own for name in names)
-    for there in map(str, names[:8]):
-        for here in own:
-            old, new = there.removesuffix(here), here.removesuffix(there)
-            if there == here or not (old + here == there or new + there == here):
-                continue
-            rename = {old: ""} if old + here == there else {"": new}
-            try:
-                fits = sum(name in own for name in renamed(names, rename).values())
-            except ValueError:
-                continue
-            if fits > most:
-                best, most = rename, fits
+    found = (_prefixes(there, here) for there in map(str, names[:8]) for here in own)
+    for old, new in dict.fromkeys(one for one in found if one is not None):
+        try:
+            fits = sum(name in own for name in renamed(names, {old: new}).values())
+        except ValueError:
+            continue
+        if fits > most:
+            best, most = {old: new}, fits
     return otherwise if best is None else f"InitFrom(path, rename={best!r:.200}) makes {most} names fit"
+
+
+def _prefixes(there: str, here: str) -> tuple[str, str] | None:
+    """Return the prefixes in which two names differ, if only a wrapper such as ``_orig_mod`` distinguishes them."""
+    one, other = there.split("."), here.split(".")
+    first, last = _count_alike(one, other), _count_alike(one[::-1], other[::-1])
+    if not last or one == other or first + last < min(len(one), len(other)):
+        return None
+    old, new = ("".join(f"{part}." for part in parts[: len(parts) - last]) for parts in (one, other))
+    return old, new
+
+
+def _count_alike(one: list[str], other: list[str]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -30,6 +30,8 @@ class MetricObject(Protocol):
 
 def is_metric(value: object) -> TypeGuard[MetricObject]:
     """Whether a value is a metric object: it has the methods ``update``, ``compute`` and ``reset``."""
+    if isinstance(value, type):
+        return False
     return all(callable(getattr(value, name, None)) for name in ("compute", "update", "reset"))
 
 

@@ -81,7 +81,7 @@ class ManualSteps:
         self._hooks.clear()
 
     def _warn_if_idle(self) -> None:
-        if self._idle_steps and not self._updates:
+        if self._idle_steps:
             logger.warning(
                 f"{type(self._attempt.module).__name__}.train_step() has applied no loss in {self._idle_steps} steps;"
                 f" call self.optimize(loss) in it"
@@ -92,10 +92,6 @@ class ManualSteps:
         """Call `train_step`; return its outputs, the last gradient norm, and a check of all gradients."""
         self._backwards, self._grad_norm, self._found, self.loss = 0, None, None, None
         self._updates, self.only_skipped = 0, False
-        if self._idle_steps is not None:
-            self._idle_steps += 1
-            if self._idle_steps == _MOST_IDLE_STEPS:
-                self._warn_if_idle()
         step = self._attempt.origin.global_step + 1
         self._attempt.phase = "train_step"
         self._in_step = True
@@ -107,6 +103,10 @@ class ManualSteps:
                 returned = self._attempt.module(Stage.TRAIN, step, batch, self._attempt.device)
         finally:
             self._in_step = False
+        if self._idle_steps is not None and not self._backwards:
+            self._idle_steps += 1
+            if self._idle_steps == _MOST_IDLE_STEPS:
+                self._warn_if_idle()
         values = (returned,) if isinstance(returned, torch.Tensor) else as_tuple(returned)
         return values, self._grad_norm, self._found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -105,10 +105,13 @@ def _plain_value(value: Any) -> Any:
         return dump()
     if isinstance(value, Mapping):  # that of another library, such as OmegaConf
         return dict(value)
+    if isinstance(value, Sequence) and not isinstance(value, range):
+        return list(value)
     if callable(item := getattr(value, "item", None)) and getattr(value, "shape", None) == ():  # a number of NumPy's
         return item()
     if isinstance(value, os.PathLike | type) or callable(value) or not hasattr(value, "__dict__"):
         return str(value)
     if getattr(value, "shape", None) is not None:  # an array or a tensor
         return str(value)
-    return {name: item for name, item in vars(value).items() if not name.startswith("_")}
+    public = {name: item for name, item in vars(value).items() if not name.startswith("_")}
+    return public if public or not vars(value) else str(value)

@@ -30,7 +30,7 @@ def find_batch_size(
     does not fit, and bisects. It catches ``torch.OutOfMemoryError``, MemoryError and torch's errors of a failed
     allocation on the host. Then the module, its gradients, the random generators, and what the module holds are bit for
     bit as before; no run folder is written. The hooks of the module run, no callbacks and no validation. Leave a margin
-    if rows differ in size. Waits for the tries; call it in a process of its own rank, not under `torchrun`.
+    if rows differ in size. Waits for the tries. Each rank of `torchrun` tries for itself.
 
     Args:
         module: Takes ``batch_size`` in ``get_train_dataloader``.
