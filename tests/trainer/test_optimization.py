@@ -179,6 +179,20 @@ def test_gradients_of_parameters_that_join_an_optimizer_later_are_cleared() -> N
     assert seen == [None] * 6
 
 
+def test_a_scheduler_that_cannot_take_a_group_that_was_added_is_named() -> None:
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        if global_step == 2:
+            optimizer.add_param_group({"params": [net.linear.bias]})
+        return net.forward_loss(batch)
+
+    net = Net(train_step=step)
+    optimizer = torch.optim.SGD([net.linear.weight], lr=0.1)
+    net.own_optimizers = lambda net: ([optimizer], [LambdaLR(optimizer, lambda step: 0.5)])
+    outcome = train(net)
+    assert isinstance(outcome.error, ValueError)
+    assert "LambdaLR was built for 1 parameter groups, and its optimizer has 2 now" in outcome.error.__notes__[0]
+
+
 def test_all_optimizers_and_schedulers_step_together() -> None:
     """Two optimizers for one parameter each train like one for both."""
 

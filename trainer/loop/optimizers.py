@@ -45,7 +45,8 @@ def wants_closure(optimizer: torch.optim.Optimizer) -> bool:
 
 def refuse_scaler(optimizers: list[torch.optim.Optimizer], precision: Precision) -> None:
     if precision.scaler is not None:
-        kinds = ", ".join(type(one).__name__ for one in optimizers if takes_closure(one))
+        needing = [one for one in optimizers if wants_closure(one)]
+        kinds = ", ".join(type(one).__name__ for one in needing or filter(takes_closure, optimizers))
         raise OptimizerError(
             f"{kinds} computes the loss several times per step, which float16's loss scale, judged once per step, does"
             f" not allow; use precision='bfloat16' or 'float32'"

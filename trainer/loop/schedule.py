@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from events.errors import ArgumentsError
 from events.log import logger
 from events.metrics import TRAIN_EPOCH_LOSS
+from trainer.errors import add_note
 from trainer.loop.attempt import Attempt
 
 Interval = Literal["step", "epoch"]
@@ -73,6 +74,25 @@ def _needs_metric(scheduler: Any) -> bool:
     return any(name in ("metric", "metrics") and one.default is one.empty for name, one in parameters.items())
 
 
+def _step(schedulers: list[Any]) -> None:
+    scheduler: Any = None
+    try:
+        for scheduler in schedulers:
+            scheduler.step()
+    except (LookupError, ValueError) as error:
+        known, groups = (
+            getattr(scheduler, "base_lrs", None),
+            getattr(getattr(scheduler, "optimizer", None), "param_groups", ()),
+        )
+        if isinstance(known, list) and len(known) < len(groups):
+            add_note(
+                error,
+                f"{type(scheduler).__name__} was built for {len(known)} parameter groups, and its optimizer has"
+                f" {len(groups)} now; build it with all groups, or use a scheduler such as StepLR",
+            )
+        raise
+
+
 class Schedules:
     """The schedulers of a run. Used on the loop's thread.
 
@@ -104,13 +124,11 @@ class Schedules:
 
     def after_step(self) -> None:
         """The optimizers have stepped: schedulers of steps do."""
-        for scheduler in self.per_step:
-            scheduler.step()
+        _step(self.per_step)
 
     def after_epoch(self) -> None:
         """A training epoch has ended: schedulers of epochs step."""
-        for scheduler in self._per_epoch:
-            scheduler.step()
+        _step(self._per_epoch)
 
     def follow(self, *, epoch_loss: bool | None) -> None:
         """Give their metric to the schedulers that follow one, if it exists.
