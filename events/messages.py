@@ -115,6 +115,18 @@ class RunEnded(Event, frozen=True, gc=False, tag=True):
     """The phase of the loop that failed: the name of a method or hook, or a few words."""
 
 
+class RankEnded(Event, frozen=True, gc=False, tag=True):
+    """A rank of an earlier attempt has reported why it ended; published by the next attempt if rank 0 has died."""
+
+    ended_attempt: Int64
+    ended_rank: Int64
+    host: str
+    status: Status
+    reason: str | None = None
+    phase: str | None = None
+    """The phase of the loop of the rank that failed: the name of a method or hook, or a few words."""
+
+
 # --------------------------------------------------------------------------------------------- the stages
 
 
@@ -671,6 +683,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     RunStarted,
     RunResumed,
     RunEnded,
+    RankEnded,
     TrainEpochStarted,
     TrainStepEnded,
     BackwardEnded,

@@ -67,6 +67,9 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
     strategy: StrategyName | Ddp = "auto"
     """How the processes that torchrun starts train together: 'ddp', or Ddp(...) with its options. 'single' trains in
     each process for itself. 'auto' is 'ddp' if there are several processes, else 'single'."""
+    peer_timeout_s: Annotated[float, Meta(gt=0)] = 10.0
+    """Seconds without a sign of life of any process of a host, after which it counts as lost, and ends the run. A
+    process that dies beside others is missed at once."""
     collective_timeout_s: Annotated[float, Meta(gt=0)] = 600.0
     """Maximum seconds that a rank waits for the others, when they join and in each exchange with them."""
     precision: PrecisionName = "float32"

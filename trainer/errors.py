@@ -114,6 +114,8 @@ class PeerFailed(StagecastError):
         self.host = host
         self.phase = phase
         """What it was doing: the name of a method or hook, or a few words."""
+        self.reported = False
+        """Whether it was logged."""
 
 
 class LaunchedRunFailed(StagecastError):

@@ -27,6 +27,8 @@ from trainer.arguments import TrainerArguments, trainer_aliases
 from trainer.checkpoint.fetch import KEYWORDS
 from trainer.checkpoint.init_from import InitFrom
 from trainer.checkpoint.resume import CheckpointPlan
+from trainer.distributed.ending import arm
+from trainer.distributed.launcher import NO_JOB, Job
 from trainer.distributed.world import World, opened
 from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
 from trainer.hooks.hooks import TaskName
@@ -71,9 +73,9 @@ class Trainer:
             never holds the loop's interpreter, and if the host dies, another continues. Their output is in
             ``sinks/host.log`` in the run's folder.
         journal: Whether and how the run keeps its events on disk; on by default.
-        run_id: The run's name; None for a new one each time, with ``run_dir`` for one new one. With the folder of an
-            earlier attempt, this is the next attempt at that run. Only this name identifies the run's checkpoints: use
-            it for one run only.
+        run_id: The run's name. None: a new one each time (once, with ``run_dir``), or for several ranks the id of
+            torchrun's job. With the folder of an earlier attempt, this is the next attempt at that run. Only this name
+            identifies the run's checkpoints: use it for one run only.
         run_dir: The run's folder; by default ``runs/RUN_ID`` below the working directory. Without a journal, without
             this and without `Checkpoints`, nothing is written.
         checkpoints: When checkpoints are taken and how many are kept. True: the defaults of `Checkpoints`, if the run
@@ -81,7 +83,8 @@ class Trainer:
         resume: The checkpoint that the run continues from. ``"auto"``: the newest valid one in the run's folder (or
             where it uploads to, if the folder has none), or a new run if there is none; needs ``run_id`` or
             ``run_dir``. ``"best"``: the one with the best `Checkpoints.best`. A path: of a checkpoint, or of a run's
-            folder. An address in a remote store. None: start a new run. `test` takes over the module's state only.
+            folder. An address in a remote store. None: start a new run; ``"auto"`` in ranks that torchrun has
+            restarted. `test` takes over the module's state only.
         init_from: Where a new run takes its weights from: a checkpoint, a run's folder (its newest checkpoint), an
             address in a remote store, a safetensors file, or a folder with ``model.safetensors``. It starts at step 0
             with new optimizers and a history of its own. Every key must fit; `InitFrom` renames them, and takes a part.
@@ -233,6 +236,8 @@ class Trainer:
         on_main_thread = threading.current_thread() is threading.main_thread()
         control = control or Control()
         with opened(self.arguments) as world:
+            if world.size > 1:
+                arm(world.rank)
             place = self._place_of(world, interruptibly)
             sinks = self._sinks_here((console(),)) if world.leads else []
             try:
@@ -255,7 +260,7 @@ class Trainer:
         """Choose the folder, and fetch the checkpoint to resume from: on rank 0, for all ranks."""
 
         def choose() -> RunPlace | None:
-            place = self._place() if world.leads else None
+            place = self._place(Job.next() if world.is_distributed else NO_JOB) if world.leads else None
             if place is not None and place.is_remote:
                 wait_for(place.fetch)
             return place
@@ -269,31 +274,28 @@ class Trainer:
         return place
 
     @collects
-    def _place(self) -> RunPlace:
-        run_id = self._run_id or self._known_run_id() or new_run_id()
+    def _place(self, job: Job = NO_JOB) -> RunPlace:
+        resume = "auto" if self._resume is None and job.restarted else self._resume
+        run_id = self._run_id or self._known_run_id(resume) or job.run_id or new_run_id()
         checkpoints, run_dir = self._checkpoints, self._run_dir
         self._run_id = run_id if run_dir is not None else self._run_id  # `validate` after `train` is of the same run
         has_folder = self._journal is not None or run_dir is not None or isinstance(checkpoints, Checkpoints)
-        has_folder = has_folder or self._resume in KEYWORDS
+        has_folder = has_folder or resume in KEYWORDS
         settings = Checkpoints() if checkpoints is True else checkpoints or None
         folder = Path(run_dir or Path("runs") / run_id)
         if settings is not None and settings.upload is not None:
             check_upload(settings.upload, run_id, folder)
-        return RunPlace(
-            run_id,
-            folder if has_folder else None,
-            settings if has_folder else None,
-            self._resume,
-            self._init_from,
-        )
+        if not has_folder:
+            return RunPlace(run_id, None, None, resume, self._init_from)
+        return RunPlace(run_id, folder, settings, resume, self._init_from)
 
-    def _known_run_id(self) -> str | None:
+    def _known_run_id(self, resume: str | os.PathLike[str] | None) -> str | None:
         """The id of the run that the given folder holds, for a job that is restarted and names only that.
 
         Raises:
             ArgumentsError: the id is the run's address in the remote store, and the folder does not have it.
         """
-        resume, run_dir, settings = self._resume, self._run_dir, self._checkpoints
+        run_dir, settings = self._run_dir, self._checkpoints
         if run_dir is None or resume is None or not _is_within(resume, run_dir):
             return None
         run_id = run_id_of(run_dir)

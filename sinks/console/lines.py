@@ -25,6 +25,7 @@ from events.messages import (
     ObserverFailed,
     ObserverRecovered,
     ObserverSlow,
+    RankEnded,
     RunEnded,
     RunResumed,
     RunStarted,
@@ -72,6 +73,7 @@ class Chronicle:
             RunStarted: self._run_started,
             RunResumed: self._run_resumed,
             RunEnded: self._run_ended,
+            RankEnded: _rank_ended,
             TrainStepEnded: self._results.train_step_ended,
             ValEpochEnded: self._results.val_epoch_ended,
             TestEpochEnded: self._results.test_epoch_ended,
@@ -329,6 +331,11 @@ def _traceback(e: RunEnded) -> list[Line]:
     if len(rows) > len(shown):
         shown.insert(0, f"... {len(rows) - len(shown):,} lines before")
     return [Line(e.time, "note", [(Span(plain_text(row, 300), "dim"),)]) for row in shown]
+
+
+def _rank_ended(e: RankEnded) -> list[Line]:
+    place = f"attempt {e.ended_attempt}, rank {e.ended_rank} on {plain_text(e.host)}"
+    return [_line(e, "warn", f"{place} {e.status}: {plain_text(e.reason or '')}")]
 
 
 def _trace_saved(e: TraceSaved) -> list[Line]:

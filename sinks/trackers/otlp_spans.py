@@ -31,6 +31,7 @@ from events.messages import (
     ObserverFailed,
     ObserverRecovered,
     ObserverSlow,
+    RankEnded,
     RunEnded,
     RunResumed,
     RunStarted,
@@ -48,7 +49,8 @@ from events.metrics import metrics_of
 
 _NOTES = (
     CheckpointFailed, CheckpointRejected, CheckpointSkipped, CommandTaken, JournalGap, LoopHeld, MonitorMissing,
-    NonFiniteGradient, NonFiniteLoss, ObserverDropped, ObserverFailed, ObserverRecovered, ObserverSlow, RunResumed,
+    NonFiniteGradient, NonFiniteLoss, ObserverDropped, ObserverFailed, ObserverRecovered, ObserverSlow, RankEnded,
+    RunResumed,
     StepSkipped, WeightsSaved,
 )  # fmt: skip
 SPAN_TYPES: frozenset[type[Event]] = frozenset({

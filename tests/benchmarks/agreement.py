@@ -161,7 +161,7 @@ class Simulation:
 
     def passed(self, rank: int) -> None:
         agent = self.agents[rank]
-        if agent._kind == "val":
+        if agent._reader.kind == "val":
             if agent.tick < _VALIDATE_S / _BATCH_S:
                 self.at(self.clock.now + _BATCH_S * self.random.uniform(0.8, 1.2), "validate", rank)
                 return

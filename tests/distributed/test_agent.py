@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,8 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from events.protocol import AnyCommand, Checkpoint, Pause, Resume, Stop
-from trainer.distributed.agent import Agent
-from trainer.distributed.agreement import Failure
+from trainer.distributed.agent import SILENT_LOOKS, Agent
 from trainer.errors import PeerFailed
 
 Taken = list[tuple[int, list[str]]]
@@ -39,20 +39,12 @@ class Rank(threading.Thread):
                 self._step.wait(30)
                 if self.agent.reach("train") and self._take(tick):
                     break
-        except threading.BrokenBarrierError:  # stands for the collective of a rank whose peer is gone
-            self.agent.wait_for_failure(10)
-            self.error = self._raised()
-        except BaseException as error:
-            self.error = error
+        except threading.BrokenBarrierError:
+            self.error = self.agent.explain(RuntimeError("gloo: Connection closed by peer"))
+        except Exception as error:
+            self.error = self.agent.explain(error)
             self._step.abort()
         self.agent.close()
-
-    def _raised(self) -> BaseException | None:
-        try:
-            self.agent.raise_if_failed()
-        except PeerFailed as error:
-            return error
-        return None
 
     def _take(self, tick: int) -> bool:
         paused = stopped = False
@@ -132,15 +124,12 @@ def test_a_thousand_commands_of_four_ranks_are_taken_at_the_same_ticks(make_agen
 
 
 def test_the_rank_that_fails_is_named_to_all_others(make_agents: Any) -> None:
-    failure = Failure(1, "here", "ValueError: bad batch", "train_step", 7)
-
     def before_tick(agent: Agent, tick: int) -> None:
         if agent.rank == 1 and tick == 5:
-            assert agent.abort(failure) == failure
             raise ValueError("bad batch")
 
     ranks = run_all(make_agents(3), 100, before_tick)
-    text = "rank 1 on here in train_step after global_step 7: ValueError: bad batch"
+    text = f"rank 1 on {socket.gethostname()} in train_step after global_step 7: ValueError: bad batch"
     peers_error = f"PeerFailed('{text}')"
     assert [repr(rank.error) for rank in ranks] == [peers_error, "ValueError('bad batch')", peers_error]
 
@@ -150,10 +139,10 @@ def test_a_failure_that_all_take_at_one_tick(make_agents: Any) -> None:
 
     def before_tick(agent: Agent, tick: int) -> None:
         if agent.rank == 1 and tick == 5:
-            agent.fail(Failure(1, "here", "the loss is NaN"))
+            agent.fail(ArithmeticError("the loss is NaN"))
 
     ranks = run_all(agents, 100_000, before_tick)
-    assert [str(rank.error) for rank in ranks] == ["the loss is NaN"] * 2
+    assert [str(rank.error) for rank in ranks] == ["ArithmeticError: the loss is NaN"] * 2
     assert ranks[0].taken == ranks[1].taken
 
 
@@ -165,20 +154,54 @@ def test_the_rank_that_hangs_is_named(make_agents: Any) -> None:
             if agent.reach("train"):
                 agent.next_decision()
     for agent in agents:
-        failure = agent.wait_for_failure(20)
-        assert failure is not None
-        assert failure.rank == 1
-        assert "no progress for 1 s" in failure.text
-        with pytest.raises(PeerFailed, match=r"rank 1 on .* in train_step after global_step 7: no progress"):
+        with pytest.raises(PeerFailed, match=r"rank 1 on .*: no progress for 1 s") as raised:
             agent.next_decision(paused=True)
+        assert raised.value.rank == 1
 
 
 def test_the_first_of_several_failures_counts_on_all_ranks(make_agents: Any) -> None:
     agents = make_agents(3)
-    failures = [Failure(agent.rank, "here", "a collective failed") for agent in agents]
-    threads = [threading.Thread(target=agent.abort, args=[one]) for agent, one in zip(agents, failures, strict=True)]
+    threads = [threading.Thread(target=agent.explain, args=[ValueError(f"{agent.rank}")]) for agent in agents]
     for thread in threads:
         thread.start()
-    named = [agent.wait_for_failure(10) for agent in agents]
-    assert named[0] in failures
+    for thread in threads:
+        thread.join(10)
+    named = [agent.failure for agent in agents]
+    assert named[0] is not None
     assert named == [named[0]] * 3
+
+
+class Silent:
+    """A store that no longer answers."""
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.asked, self.answers = store, threading.Event(), threading.Event()
+
+    def clone(self) -> Silent:
+        return self
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked.set()
+        assert self.answers.wait(30)
+        return bool(self.store.check(keys))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+def test_a_store_that_does_not_answer_ends_the_run() -> None:
+    """A packet filter drops what a host sends: no error arrives, and the agent's thread waits."""
+    store = Silent(dist.HashStore())
+    agent = Agent(store, 1, 2, now=lambda: ("backward", 7), peer_timeout_s=30.0, collective_timeout_s=60.0)
+    agent.start()
+    assert store.asked.wait(30)
+    for _ in range(SILENT_LOOKS):
+        agent.watch_store()
+        assert agent.failure is None
+    agent.watch_store()
+    with pytest.raises(
+        PeerFailed, match=r"rank 1 on .* in backward after global_step 7: the store at .* does not answer"
+    ):
+        agent.raise_if_failed()
+    store.answers.set()
+    agent.close()

@@ -149,7 +149,7 @@ def test_the_first_abort_ends_the_log() -> None:
     reader.tick = 3
     assert reader.free_until == 10
     reader.read(Entry(abort=FAILURE))
-    reader.read(Entry(Grant(0, 99, 2), abort=Failure(2, "b", "later")))
+    reader.read(Entry(Grant(0, 99, 2), abort=Failure(2, "b", "later", "setup")))
     assert reader.abort is FAILURE
     assert reader.free_until == 0
 

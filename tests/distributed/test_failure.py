@@ -13,8 +13,8 @@ from trainer.distributed.failure import Beat, Identity, LocalProcesses, Peers
 HERE = Identity.here()
 
 
-def peers_of(*hosts: str, peer_timeout_s: float = 10.0, collective_timeout_s: float = 60.0) -> Peers:
-    return Peers([Identity(host, 0, "") for host in hosts], peer_timeout_s, collective_timeout_s, 0.0)
+def peers_of(*hosts: str) -> Peers:
+    return Peers([Identity(host, 0, "") for host in hosts], 60.0, 0.0)
 
 
 def beat(number: int, tick: int = 1, phase: str = "train_step", *, ended: bool = False) -> Beat:
@@ -29,14 +29,13 @@ def test_a_host_of_which_no_rank_gives_a_sign_is_lost() -> None:
             peers.hear(rank, beat(second, second), second)
         peers.hear(3, beat(second, second), second)
         if second < 9:
-            assert peers.silent(second, range(4)) is None, "rank 2 alone is silent"
-    assert peers.silent(14.0, range(4)) is None
-    failure = peers.silent(14.1, [0, 1, 2])
-    assert (
-        str(failure) == "rank 1 on b in train_step after global_step 4: no sign of life for 10.1 s (peer_timeout_s=10)"
-    )
-    assert peers.is_silent(1, 14.1)
-    assert not peers.is_silent(0, 14.1)
+            assert peers.silent(second, 10, range(4)) is None, "rank 2 alone is silent"
+    assert peers.silent(14.0, 10, range(4)) is None
+    failure = peers.silent(14.1, 10, [0, 1, 2])
+    why = "no sign of life for 10.1 s (peer_timeout_s=10)"
+    assert str(failure) == f"rank 1 on b: {why} (last seen in train_step after global_step 4)"
+    assert peers.is_silent(1, 14.1, 10)
+    assert not peers.is_silent(0, 14.1, 10)
 
 
 def test_the_same_beat_twice_is_no_sign_of_life_and_a_rank_that_has_ended_needs_none() -> None:
@@ -45,10 +44,10 @@ def test_the_same_beat_twice_is_no_sign_of_life_and_a_rank_that_has_ended_needs_
         peers.hear(0, beat(second), second)
         peers.hear(1, beat(7), second)
         peers.hear(2, beat(7, ended=True), second)
-    failure = peers.silent(19.0, [1, 2])
+    failure = peers.silent(19.0, 10, [1, 2])
     assert failure is not None
     assert failure.rank == 1
-    assert peers.silent(19.0, [2]) is None
+    assert peers.silent(19.0, 10, [2]) is None
     assert peers.has_ended(2)
 
 

@@ -81,6 +81,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "WeightsSaved": ("run/weights.safetensors",),
     "LedgerReported": ("run", StallLedger()),
     "CommandTaken": ("stop", "id"),
+    "RankEnded": (1, 1, "host", "failed"),
 }
 
 

@@ -57,6 +57,7 @@ from events.messages import (
     ObserverRecovered,
     ObserverSlow,
     ObserversReported,
+    RankEnded,
     RunEnded,
     RunResumed,
     RunStarted,
@@ -1142,7 +1143,16 @@ def test_every_step_of_the_history_is_there_once(attempts: list[tuple[int, int]]
 def test_every_event_type_is_bound_to_a_step_or_not() -> None:
     """Whoever adds an event decides whether redoing the step replaces it."""
     stays = {
-        *(RunStarted, RunResumed, RunEnded, ObserverFailed, ObserverRecovered, ObserverDropped, ObserverSlow),
+        *(
+            RunStarted,
+            RunResumed,
+            RunEnded,
+            RankEnded,
+            ObserverFailed,
+            ObserverRecovered,
+            ObserverDropped,
+            ObserverSlow,
+        ),
         *(LoopHeld, JournalGap, CommandTaken, SystemSampled, ObserversReported, WarningLogged),
         # They tell of what is on the disk, which no later attempt undoes.
         *(CheckpointStaged, CheckpointSkipped, CheckpointSaved, CheckpointFailed, CheckpointRejected, WeightsSaved),

@@ -16,6 +16,7 @@ from events.messages import (
     CheckpointSkipped,
     CheckpointUploaded,
     OperatorTime,
+    RankEnded,
     RunEnded,
     RunResumed,
     TraceSaved,
@@ -140,6 +141,7 @@ def test_checkpoints_are_told_of(stderr: Any, story: Any) -> None:
         story.started(),
         story(RunResumed, checkpoint="step-40.a1"),
         story(CheckpointRejected, checkpoint="step-50.a1", error="CheckpointDamaged: cut"),
+        story(RankEnded, ended_attempt=1, ended_rank=1, host="b", status="failed", reason="rank 0 on a: gone"),
         *(story(CheckpointSaved, checkpoint=f"step-{step}.a2", reasons=["steps"], **saved) for step in (60, 70, 80)),
         story(CheckpointSkipped, reasons=["steps"], writing=["step-60.a2", "step-70.a2"]),
         story(CheckpointFailed, checkpoint="step-90.a2", error="OSError: disk full", consecutive=2),
@@ -158,6 +160,7 @@ def test_checkpoints_are_told_of(stderr: Any, story: Any) -> None:
     text = stream.getvalue()
     for expected in (
         "resumed from step-40.a1 at step",
+        "attempt 1, rank 1 on b failed: rank 0 on a: gone",
         "checkpoint step-50.a1 is incomplete, an older one is tried: CheckpointDamaged: cut",
         "checkpoint step-60.a2 (steps): 1.5 GB, durable after 1.5 s",
         "step-60.a2, step-70.a2 are still being written",

@@ -17,14 +17,17 @@ class DuePolicy:
     Attributes:
         step: ``global_step`` from which `after_step` must be called...
         ns: ...or the time of the clock from which it must.
+        agreed_ns: The time from which rank 0 proposes a checkpoint to the others, whose clocks differ.
 
     Args:
         settings: None disables checkpoints.
+        alone: Whether the run has a single rank.
     """
 
-    def __init__(self, settings: Checkpoints | None) -> None:
-        self.step = self.ns = NEVER
+    def __init__(self, settings: Checkpoints | None, *, alone: bool = True) -> None:
+        self.step = self.ns = self.agreed_ns = NEVER
         self._settings = settings
+        self._alone = alone
         self._is_best = False  # the last metric is among the best, and its checkpoint is not taken yet
         self._postponed: list[str] = []
 
@@ -38,7 +41,8 @@ class DuePolicy:
         """Restart the minutes after a checkpoint was taken or skipped."""
         self._is_best = False
         minutes = self._settings.every_minutes if self._settings is not None else None
-        self.ns = NEVER if minutes is None else now_ns + int(min(minutes, 1e6) * 60e9)
+        due_ns = NEVER if minutes is None else now_ns + int(min(minutes, 1e6) * 60e9)
+        self.ns, self.agreed_ns = (due_ns, NEVER) if self._alone else (NEVER, due_ns)
 
     def found_best(self, global_step: int) -> None:
         """Note that the metric of this step is among the best."""

@@ -1,5 +1,6 @@
 """Training on several devices and machines: the processes that ``torchrun`` starts train one run."""
 
 from trainer.distributed.options import Ddp as Ddp
+from trainer.errors import PeerFailed as PeerFailed
 
-__all__ = ["Ddp"]
+__all__ = ["Ddp", "PeerFailed"]

@@ -14,13 +14,27 @@ from collections.abc import Callable
 from typing import Any
 
 from events.protocol import AnyCommand
+from events.tracebacks import describe
 from trainer.distributed.agreement import Entry, Failure, LogAuthor, LogReader, look_ahead_s, poll_s
-from trainer.distributed.failure import Beat, Peers, peer_failed
-from trainer.distributed.store_link import STORE_TIMEOUT_S, StoreLink
+from trainer.distributed.failure import Beat, Peers, is_of_collective, peer_failed
+from trainer.distributed.store_link import STORE_TIMEOUT_S, StoreLink, beat_s
+from trainer.errors import PeerFailed
 
 _FIRST_POLL_S = 0.005
 """Seconds until the first poll for a loop that waits; doubled for each further one."""
 _ABORT_WAIT_S = 2.0
+SILENT_LOOKS = 60
+"""At one in 0.25 s: longer than a poll of 4,096 ranks."""
+_HURRIED_PEER_TIMEOUT_S = 3.0
+_NAMING_S = 2.0
+"""Seconds that a rank waits for the name of a lost rank beyond the time after which that counts as lost."""
+_CULPRIT_WAIT_S = 3.0
+_END_WAIT_S = 10.0
+"""Maximum seconds that rank 0, whose process may hold the store, waits for the end of the others."""
+
+
+def _store_gone(address: str, error: Exception) -> str:
+    return f"the store at {address} is gone: {str(error).partition(chr(10))[0]}"
 
 
 class Agent:
@@ -32,7 +46,7 @@ class Agent:
     Args:
         store: A `torch.distributed.Store`, that of the process group, with a prefix that no earlier attempt has used.
         now: Returns what the loop does, and its ``global_step``. Any thread.
-        peer_timeout_s: See `Peers`.
+        peer_timeout_s: See `StoreLink`.
         collective_timeout_s: See `Peers`.
     """
 
@@ -48,7 +62,6 @@ class Agent:
     ) -> None:
         self.failure: Failure | None = None
         self.tick = self._free = 0  # read and written by the loop at every tick
-        self._kind: str | None = None
         self._reader = LogReader()
         self._lock = threading.Lock()  # of the reader; no signal handler may take it
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()  # for the loop, while it waits
@@ -59,6 +72,7 @@ class Agent:
         self._now = now
         self._abort: Failure | None = None
         self._abort_sent = threading.Event()
+        self._failed_at_tick = False
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"stagecast-agent-{rank}", daemon=True)
 
@@ -76,7 +90,7 @@ class Agent:
         self._closing = True
         self._wake.put(None)
         if self._thread.is_alive():
-            self._thread.join(STORE_TIMEOUT_S)
+            self._thread.join(STORE_TIMEOUT_S + _END_WAIT_S)
 
     # ----------------------------------------------------------------------------------- the loop's thread
 
@@ -86,14 +100,14 @@ class Agent:
         Args:
             kind: Of its segment: another one than before starts a new segment.
         """
-        if kind != self._kind:
+        if kind != self._reader.kind:
             self._enter(kind)
         self.tick = tick = self.tick + 1
         return tick > self._free
 
     def _enter(self, kind: str | None) -> None:
         with self._lock:
-            self._kind = kind
+            self._reader.kind = kind
             self._reader.segment += 1
             self.tick = self._reader.tick = 0
             self._free = self._reader.free_until
@@ -114,6 +128,7 @@ class Agent:
                 entry = self._reader.take(paused=paused)
                 self._free = self._reader.free_until
                 self.raise_if_failed()
+                self._failed_at_tick = entry is not None and entry.failure is not None
                 if entry is not None or (not paused and self._reader.may_pass):
                     self._loop_waits = False
                     return entry
@@ -135,32 +150,76 @@ class Agent:
         """Propose a command. Also in a signal handler."""
         self._request(Entry(commands=[command]))
 
-    def fail(self, failure: Failure) -> None:
-        """Propose that all ranks fail at one tick. Also in a signal handler."""
-        self._request(Entry(failure=failure))
+    def fail(self, error: BaseException, phase: str | None = None) -> None:
+        """Propose that all ranks fail at one tick, this one with an exception. Also in a signal handler."""
+        self._request(Entry(failure=self.failure_of(error, phase)))
 
     def _request(self, request: Entry) -> None:
         self._outbox.append(request)
         self._wake.put(None)
 
-    def abort(self, failure: Failure) -> Failure:
-        """End the run at once because this rank reaches no further tick; return the failure that ends it.
+    def failure_of(self, error: BaseException, phase: str | None = None) -> Failure:
+        """Return what an exception on this rank is to the others.
+
+        Args:
+            phase: What raised it; by default what the loop does.
+        """
+        doing, step = self._now()
+        return Failure(self.rank, self._link.identity.host, describe(error), phase or doing, step)
+
+    def abort(self, error: BaseException) -> None:
+        """End the run at once on all ranks, because this one reaches no further tick.
 
         Waits a moment for the store, so that the others learn the name before their collectives fail.
         """
-        self._abort = failure
+        self._abort = self.failure_of(error)
         self._wake.put(None)
         if self._thread.is_alive():
             self._abort_sent.wait(_ABORT_WAIT_S)
-        return self.failure or failure
 
-    def wait_for_failure(self, timeout_s: float) -> Failure | None:
+    def explain(self, error: BaseException) -> BaseException:
+        """Return what has ended the loop, which has raised an exception: itself, or the failure of another rank.
+
+        A collective fails because of another rank: its name is known within the time after which ranks count as lost.
+        Any other exception ends the run on all ranks.
+        """
+        if isinstance(error, PeerFailed) or self._failed_at_tick:
+            return error
+        if is_of_collective(error):
+            failure = self._wait_for_failure()
+            if failure is not None:
+                named = peer_failed(failure)
+                named.__cause__ = error
+                return named
+        self.abort(error)
+        return error
+
+    def hurry(self) -> None:
+        """Find out sooner which rank is lost, because the launcher will soon kill this one."""
+        self._link.peer_timeout_s = min(self._link.peer_timeout_s, _HURRIED_PEER_TIMEOUT_S)
+
+    def _wait_for_failure(self) -> Failure | None:
         """Wait until it is known which rank has failed."""
-        deadline = time.monotonic() + timeout_s
-        while self.failure is None and self._thread.is_alive() and time.monotonic() < deadline:
+        began = time.monotonic()
+        while self.failure is None and self._thread.is_alive():
+            if time.monotonic() - began > self._link.peer_timeout_s + _NAMING_S:
+                break
             self._wake.put(None)
             time.sleep(0.02)
         return self.failure
+
+    def watch_store(self) -> None:
+        """Fail if the store has not answered since the last `SILENT_LOOKS` calls, as when this host is cut off.
+
+        Another thread calls it, regularly: its calls are counted instead of the time, because the interpreter's lock
+        may be held.
+        """
+        link = self._link
+        count, at = link.looks
+        link.looks = count, _ = (count + 1 if link.exchanges == at else 0), link.exchanges
+        if count >= SILENT_LOOKS and self.failure is None and self._thread.is_alive():
+            why = f"the store at {link.address} does not answer"
+            self._fail(Failure(self.rank, link.identity.host, why, *self._now()))
 
     @property
     def peers(self) -> Peers | None:
@@ -179,12 +238,27 @@ class Agent:
                 self._sleep(waited_s if self._loop_waits else period_s)
                 self._exchange(author)
             link.beat(self._beat(ended=True))
+            if self.failure is None:
+                if author is not None:
+                    self._wait_for_others()
+            elif self.failure.rank != self.rank:  # torchrun reports the process that ends first
+                while not self._closing:
+                    self._sleep(0.5)
+                link.await_end(self.failure.rank, _CULPRIT_WAIT_S)
         except Exception as error:  # the thread's border: the store is gone, and with it the run
             if not self._closing:
-                self._fail(Failure(self.rank, link.identity.host, f"the store at {link.address} is gone: {error}"))
+                self._fail(Failure(self.rank, link.identity.host, _store_gone(link.address, error), *self._now()))
         finally:
             self._abort_sent.set()
             link.close()
+
+    def _wait_for_others(self) -> None:
+        deadline, link = time.monotonic() + _END_WAIT_S, self._link
+        while link.peers is not None and not link.peers.all_ended and time.monotonic() < deadline:
+            if link.find_dead() is not None:
+                return
+            self._sleep(min(0.1, beat_s(link.world_size)))
+            link.beat(self._beat(ended=True))
 
     def _sleep(self, seconds: float) -> None:
         try:
@@ -197,6 +271,7 @@ class Agent:
     def _exchange(self, author: LogAuthor | None) -> None:
         """Do all that is due with the store."""
         link = self._link
+        link.exchanges += 1
         failure = self._abort or link.find_dead()
         if failure is None and link.is_beat_due:
             link.beat(self._beat())
@@ -215,7 +290,7 @@ class Agent:
             commands = [command for one in requests for command in one.commands]
             failure = next((one.failure for one in requests if one.failure is not None), None)
             with self._lock:
-                place = self._kind, self._reader.segment, self.tick
+                place = self._reader.kind, self._reader.segment, self.tick
             entry = author.decide(time.monotonic(), *place, commands, failure)
             if entry is not None and link.append(entry):
                 self._read([entry])

@@ -48,13 +48,17 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
     host: str
     text: str
     """Type and text of an exception, or what another rank has observed."""
-    phase: str | None = None
+    phase: str
     """What the rank was doing: the name of a method or hook, or a few words."""
     global_step: int = 0
+    is_observed: bool = False
+    """Whether others have seen it: phase and step are those of the rank's last sign of life."""
 
     def __str__(self) -> str:
-        phase = f" in {self.phase}" if self.phase is not None else ""
-        return f"rank {self.rank} on {self.host}{phase} after global_step {self.global_step}: {self.text}"
+        place = f"in {self.phase} after global_step {self.global_step}"
+        if self.is_observed:
+            return f"rank {self.rank} on {self.host}: {self.text} (last seen {place})"
+        return f"rank {self.rank} on {self.host} {place}: {self.text}"
 
 
 class Grant(msgspec.Struct, frozen=True):
@@ -96,10 +100,12 @@ class LogReader:
     Attributes:
         segment: The current segment, from 0.
         tick: The current tick of it, from 1; 0 before the first.
+        kind: What its ticks are.
         abort: Why the run ends at once, if it does.
     """
 
     def __init__(self) -> None:
+        self.kind: str | None = None
         self.segment = self.tick = 0
         self.abort: Failure | None = None
         self._granted = Grant()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +21,15 @@ from trainer.errors import PeerFailed
 def peer_failed(failure: Failure) -> PeerFailed:
     """Return the exception of the other ranks."""
     return PeerFailed(str(failure), rank=failure.rank, host=failure.host, phase=failure.phase)
+
+
+_OF_COLLECTIVE = re.compile(r"gloo|nccl|ProcessGroup|Connection (closed|reset) by peer|c10d", re.IGNORECASE)
+
+
+def is_of_collective(error: BaseException) -> bool:
+    """Whether an exception may be that of a collective, which another rank has not completed."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in names or (isinstance(error, RuntimeError) and bool(_OF_COLLECTIVE.search(str(error))))
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -64,15 +75,11 @@ class Peers:
 
     Args:
         identities: Of all ranks, by number.
-        peer_timeout_s: Seconds without a beat of any rank of a host, after which the host counts as lost.
         collective_timeout_s: Seconds without progress of any rank, after which one of them counts as hanging.
     """
 
-    def __init__(
-        self, identities: list[Identity], peer_timeout_s: float, collective_timeout_s: float, now_s: float
-    ) -> None:
+    def __init__(self, identities: list[Identity], collective_timeout_s: float, now_s: float) -> None:
         self.identities = identities
-        self.peer_timeout_s = peer_timeout_s
         self._collective_timeout_s = collective_timeout_s
         self._beats: dict[int, Beat] = {}
         self._heard_s = dict.fromkeys(range(len(identities)), now_s)
@@ -83,9 +90,9 @@ class Peers:
         host = self.identities[rank].host
         return [other for other, one in enumerate(self.identities) if one.host == host]
 
-    def is_silent(self, rank: int, now_s: float) -> bool:
+    def is_silent(self, rank: int, now_s: float, timeout_s: float) -> bool:
         """Whether the rank itself sends no sign of life."""
-        return now_s - self._heard_s[rank] > self.peer_timeout_s and not self.has_ended(rank)
+        return now_s - self._heard_s[rank] > timeout_s and not self.has_ended(rank)
 
     def hear(self, rank: int, beat: Beat, now_s: float) -> None:
         """Note the newest beat of a rank."""
@@ -113,15 +120,16 @@ class Peers:
         """Return the failure of a rank that has left without a word."""
         beat = self._beats.get(rank)
         phase, step = (beat.phase, beat.global_step) if beat is not None else ("setup", 0)
-        return Failure(rank, self.identities[rank].host, why, phase, step)
+        return Failure(rank, self.identities[rank].host, why, phase, step, is_observed=True)
 
-    def silent(self, now_s: float, ranks: Iterable[int]) -> Failure | None:
+    def silent(self, now_s: float, timeout_s: float, ranks: Iterable[int]) -> Failure | None:
         """Return the failure of the first of some ranks whose whole host sends no sign of life.
 
         A rank that is silent beside others that are not is stopped, or holds the interpreter's lock: its neighbours
         would see its process die. It counts as hanging only.
 
         Args:
+            timeout_s: The silence of a host that counts.
             ranks: Those to judge: the newest beats of all of their hosts were heard.
         """
         heard_s: dict[str, float] = {}
@@ -130,8 +138,8 @@ class Peers:
                 heard_s[one.host] = max(heard_s.get(one.host, 0.0), self._heard_s[rank])
         for rank in ranks:
             silent_s = now_s - heard_s.get(self.identities[rank].host, now_s)
-            if silent_s > self.peer_timeout_s and not self.has_ended(rank):
-                return self.died(rank, f"no sign of life for {silent_s:.1f} s (peer_timeout_s={self.peer_timeout_s:g})")
+            if silent_s > timeout_s and not self.has_ended(rank):
+                return self.died(rank, f"no sign of life for {silent_s:.1f} s (peer_timeout_s={timeout_s:g})")
         return None
 
     def stalled(self, now_s: float) -> Failure | None:
@@ -158,8 +166,13 @@ class Peers:
         return beat is not None and beat.ended
 
 
-COLLECTIVE_PHASES = ("backward", "the optimizer step", "waiting for the other ranks")
+WAITING = "waiting for the other ranks"
+COLLECTIVE_PHASES = ("backward", "the optimizer step", WAITING)
 """Phases in which a rank waits for others."""
+
+
+_LAUNCHER_LOOKS_S = 0.3
+"""Seconds within which torchrun, which looks every 0.1 s, has seen the end of a process."""
 
 
 class LocalProcesses:
@@ -178,7 +191,7 @@ class LocalProcesses:
         if self._poll is None or not space:
             return
         for rank, one in enumerate(identities):
-            if rank == own or one.space != space:
+            if one.pid == identities[own].pid or one.space != space:
                 continue
             try:
                 descriptor = os.pidfd_open(one.pid)
@@ -199,6 +212,15 @@ class LocalProcesses:
                 os.close(descriptor)
                 dead.append(self._ranks.pop(descriptor))
         return dead
+
+    def await_death(self, rank: int, timeout_s: float) -> None:
+        """Wait until the process of a rank has died, if it is on this host, and its launcher has seen it."""
+        for descriptor, other in self._ranks.items():
+            if other == rank:
+                poll = select.poll()
+                poll.register(descriptor, select.POLLIN)
+                if poll.poll(timeout_s * 1000):
+                    time.sleep(_LAUNCHER_LOOKS_S)
 
     def close(self) -> None:
         """Close the descriptors."""

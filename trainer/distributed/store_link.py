@@ -64,7 +64,9 @@ class StoreLink:
         identity: Where this rank runs.
         peers: What is known of all ranks; None before all of them are there.
         read: Entries of the log that were read.
+        exchanges: How often the agent has begun to do what is due.
         address: Of the store's server.
+        peer_timeout_s: Seconds without a beat of any rank of a host, after which the host counts as lost.
 
     Args:
         store: A `torch.distributed.Store` with a prefix that no earlier life of the ranks has used.
@@ -84,7 +86,10 @@ class StoreLink:
         self.address = f"{getattr(server, 'host', '?')}:{getattr(server, 'port', '?')}"
         self._store = store.clone()
         self._store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
-        self._timeouts_s = max(peer_timeout_s, 4 * beat_s(world_size)), collective_timeout_s
+        self.peer_timeout_s = max(peer_timeout_s, 4 * beat_s(world_size))
+        self._collective_timeout_s = collective_timeout_s
+        self.exchanges = 0
+        self.looks: tuple[int, int] = (0, 0)  # of `Agent.watch_store`: their number since an exchange, and that
         self._processes: LocalProcesses | None = None
         self._received = 0  # of the inbox
         self._missing: list[int] = []  # numbers that are given to a sender, which has not written yet
@@ -173,16 +178,21 @@ class StoreLink:
                 return peers.died(rank, f"its process {peers.identities[rank].pid} has died")
         return None
 
+    def await_end(self, rank: int, timeout_s: float) -> None:
+        """Wait until the process of a rank on this host has ended."""
+        if self._processes is not None:
+            self._processes.await_death(rank, timeout_s)
+
     def find_lost(self) -> Failure | None:
         """Return the failure of a rank that is cut off or hangs. Call it after `beat`."""
         peers, now_s = self.peers, time.monotonic()
         if peers is None:
             return None
         if self.rank == 0:
-            return peers.silent(now_s, range(1, self.world_size)) or peers.stalled(now_s)
-        if peers.is_silent(0, now_s):
+            return peers.silent(now_s, self.peer_timeout_s, range(1, self.world_size)) or peers.stalled(now_s)
+        if peers.is_silent(0, now_s, self.peer_timeout_s):
             self._hear(peers.beside(0), now_s)
-            return peers.silent(now_s, [0])
+            return peers.silent(now_s, self.peer_timeout_s, [0])
         return None
 
     def _find_peers(self) -> None:
@@ -198,7 +208,7 @@ class StoreLink:
         else:
             return
         self._processes = LocalProcesses(identities, self.rank)
-        self.peers = Peers(identities, *self._timeouts_s, time.monotonic())
+        self.peers = Peers(identities, self._collective_timeout_s, time.monotonic())
         self._hear(list(range(self.world_size)) if self.rank == 0 else [0], time.monotonic())
 
     def _hear(self, ranks: list[int], now_s: float) -> None:

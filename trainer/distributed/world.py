@@ -69,6 +69,10 @@ class World:
         """Whether this is rank 0, which has the run's folder, journal and sinks."""
         return not self.rank
 
+    def prefixed(self, prefix: str) -> Any:
+        """Return the store, with a prefix for its keys."""
+        return self._dist.PrefixStore(prefix, self.store)
+
     # ---------------------------------------------------------------------------------------- collectives
 
     def gather(self, value: T) -> list[T]:

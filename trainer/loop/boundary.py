@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from time import perf_counter_ns as clock
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from events.bus.backlog import Payload
 from events.bus.fence import Fence
@@ -17,6 +17,8 @@ from events.log import logger
 from events.messages import CommandTaken, Event, LedgerReported, LoopHeld
 from events.metrics import TRAIN_EPOCH_LOSS
 from events.protocol import AnyCommand, Checkpoint, Pause, Resume, Stop
+from trainer.checkpoint.due import NEVER
+from trainer.distributed.failure import WAITING, peer_failed
 from trainer.errors import EpochOutputsTooLarge, add_note
 from trainer.hooks.capture import EpochOutputs
 from trainer.hooks.collate import collate_outputs, detached
@@ -24,8 +26,14 @@ from trainer.hooks.hooks import InlineHook, add_hint, hook_arguments, hook_of
 from trainer.hooks.signatures import clear_error
 from trainer.loop.attempt import Attempt
 from trainer.loop.checkpointing import Checkpointing
+from trainer.loop.ledger import Row
+
+if TYPE_CHECKING:
+    from trainer.distributed.agent import Agent
 
 _ANNOUNCE_WAIT_S = 5.0
+BY_MINUTES = "stagecast-minutes"
+"""The id by which rank 0 proposes a checkpoint that is due by the clock."""
 
 
 class StopRequested(Exception):  # not an error: the way out of every phase when a stop was taken
@@ -47,6 +55,7 @@ class Boundary:
         self.attempt = attempt
         self.checkpoints = checkpoints
         self.stop_wanted = False
+        self._agreed: list[AnyCommand] = []  # what callbacks of several ranks want
         self._interval_ns = int(min(attempt.arguments.ledger_interval_s, 1e9) * 1e9)  # infinity is not an integer
         self._ledger_due = clock() + self._interval_ns
         self._ends_ns: float = math.inf
@@ -64,9 +73,9 @@ class Boundary:
         """
         attempt = self.attempt
         if attempt.ledger.since > self._ends_ns:
+            self._ends_ns = math.inf
             attempt.control.send(Stop(id="max-time", reason=f"max_time_s={attempt.arguments.max_time_s:g} is over"))
-        if attempt.control.pending:
-            self.take_commands()
+        self.tick()
         if attempt.ring.gated:
             self._wait_for_room()
         if attempt.ledger.since > self._ledger_due:
@@ -74,6 +83,30 @@ class Boundary:
             attempt.ring.publish(
                 LedgerReported(*attempt.origin.header(), scope="interval", ledger=attempt.ledger.interval())
             )
+
+    def tick(self, kind: str | None = None) -> None:
+        """Obey commands at a place that all ranks reach, in the same order. WAIT: for rank 0's grant, if there are
+        several.
+
+        Args:
+            kind: Of the work between such places, whose pace is its own; by default the stage.
+        """
+        attempt, agent = self.attempt, self.attempt.control.agent
+        if agent is None:
+            if attempt.control.pending:
+                self.take_commands()
+            return
+        due = self.checkpoints.due
+        if attempt.ledger.since >= due.agreed_ns and agent.rank == 0:
+            due.agreed_ns = NEVER
+            agent.send(Checkpoint(id=BY_MINUTES))
+        if agent.reach(kind or attempt.origin.stage):
+            self._take_agreed(agent)
+
+    def glance(self) -> None:
+        """Obey commands at a place that depends on the time, so that ranks do not share it: in a single process."""
+        if self.attempt.control.pending and self.attempt.control.agent is None:
+            self.take_commands()
 
     # ------------------------------------------------------------------------------------ events and hooks
 
@@ -154,6 +187,7 @@ class Boundary:
         """
         attempt = self.attempt
         step, recorder, phase = attempt.origin.global_step, attempt.recorder, attempt.phase
+        stops: list[AnyCommand] = []
         with attempt.ledger.within("readback"):
             for callback in attempt.hooks.callbacks:
                 attempt.phase = phase
@@ -176,9 +210,15 @@ class Boundary:
                     attempt.fail_hook(callback, "should_stop", error)
                 else:
                     if reason is not None:
-                        self.stop_wanted = True
-                        attempt.control.send(Stop(id=f"callback-{callback.name}", reason=reason))
+                        stops.append(Stop(id=f"callback-{callback.name}", reason=reason))
             attempt.phase = phase
+        if attempt.control.agent is None:
+            for stop in stops:
+                attempt.control.send(stop)
+        elif any(callback.should_stop is not None for callback in attempt.hooks.callbacks):
+            stops = next(filter(None, attempt.world.gather(stops)), [])  # WAIT: for all ranks
+            self._agreed += stops
+        self.stop_wanted |= bool(stops)
 
     def epoch_outputs(self, kind: type[Event], hook: str, limit_bytes: int) -> EpochOutputs | None:
         """Where outputs are kept for this hook; None if no callback has it, or none any more.
@@ -230,7 +270,9 @@ class Boundary:
         began, announced = clock(), False
         with attempt.ledger.within("backpressure"), attempt.within("waiting for observers"):
             while not attempt.ring.wait_for_room(0.1):  # WAIT: for a lossless observer, or the host's event loop
-                if attempt.control.pending:
+                if attempt.control.agent is not None:
+                    attempt.control.raise_if_failed()
+                elif attempt.control.pending:
                     self.take_commands()
                     began = clock()
                 if not announced and clock() - began > _ANNOUNCE_WAIT_S * 1e9:
@@ -264,6 +306,10 @@ class Boundary:
             StopRequested: A stop was pending.
             BaseException: The run was cancelled, or a fatal observer failed.
         """
+        if self.attempt.control.agent is not None:  # the others come with ticks
+            agreed, self._agreed = self._agreed, []
+            self._obey(agreed, False, checkpoint)
+            return
         self.attempt.control.raise_if_failed()
         paused = self._obey(self.attempt.control.take(), False, checkpoint)
         if not paused:
@@ -274,12 +320,30 @@ class Boundary:
                 self.attempt.control.raise_if_failed()
                 paused = self._obey(self.attempt.control.take(), paused, checkpoint)
 
+    def _take_agreed(self, agent: Agent) -> None:
+        """Take the decisions of the ranks that are due at this tick, and wait until it is granted."""
+        attempt, paused = self.attempt, False
+        while True:
+            row: Row = "paused" if paused else "other"
+            with attempt.ledger.within(row), attempt.within("paused" if paused else WAITING):
+                decision = agent.next_decision(paused=paused)  # WAIT: for a grant; paused until a command ends it
+            if decision is None:
+                return
+            if decision.failure is not None:
+                own = attempt.control.error if decision.failure.rank == agent.rank else None
+                raise own or peer_failed(decision.failure)
+            paused = self._obey(decision.commands, paused, True)
+
     def _obey(self, commands: list[AnyCommand], paused: bool, checkpoint: bool) -> bool:
         """Execute commands in order, then take a requested checkpoint; return whether the run is paused."""
         stop: Stop | None = None
         checkpoint_ids: list[str] = []
+        by_minutes = False
         for command in commands:
             match command:
+                case Checkpoint(id=id) if id == BY_MINUTES:
+                    by_minutes = True
+                    continue
                 case Stop():
                     stop = stop or command
                 case Checkpoint():
@@ -300,6 +364,8 @@ class Boundary:
                 self.wait_for_fence(fence)
         elif checkpoint_ids:
             self.checkpoints.refuse(checkpoint_ids, "the run stops within a step")
+        elif by_minutes and (fence := self.checkpoints.take(["minutes"])) is not None:
+            self.wait_for_fence(fence)
         if stop is not None:
             raise StopRequested(stop.reason)
         return paused

@@ -55,7 +55,7 @@ class Checkpointing:
         self.position = Position()
         self.outputs: EpochOutputs | None = None
         self.loader: Any = None
-        self.due = DuePolicy(settings)
+        self.due = DuePolicy(settings, alone=attempt.world.size == 1)
         self.stager = Stager(attempt.device)
         self.settings = settings
         self._attempt = attempt

@@ -5,8 +5,12 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from events.protocol import AnyCommand, Stop
+
+if TYPE_CHECKING:
+    from trainer.distributed.agent import Agent
 
 
 class Control:
@@ -34,11 +38,24 @@ class Control:
         """Whether the loop waits for data on the main thread, so that a signal handler may end the wait."""
         self.dead_worker: str | None = None
         """Torch's message about a dead dataloader worker, for the loop's next read of data."""
+        self.agent: Agent | None = None
+        """With several ranks: agrees with the others on the tick at which all take a command or a failure."""
         self._commands: deque[AnyCommand] = deque()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
+    def join(self, agent: Agent) -> None:
+        """Agree with other ranks on commands from now on, also on those that are pending."""
+        self.agent = agent  # first, because a signal handler may send one now
+        for command in self.take():
+            agent.send(command)
+        if self.error is not None:
+            agent.fail(self.error, self.phase)
+
     def send(self, command: AnyCommand) -> None:
         """Queue a command."""
+        if self.agent is not None:
+            self.agent.send(command)
+            return
         self._commands.append(command)
         self._notify()
 
@@ -50,6 +67,8 @@ class Control:
         """
         if self.error is None:
             self.phase, self.error = phase, error
+            if self.agent is not None:
+                self.agent.fail(error, phase)
         self._notify()
 
     @property
@@ -72,9 +91,11 @@ class Control:
             raise RuntimeError(self.dead_worker)
 
     def raise_if_failed(self) -> None:
-        """Raise the exception given to `fail`, if there is one. The loop's thread only."""
+        """Raise the exception given to `fail`, or the failure of another rank. The loop's thread only."""
         if self.error is not None:
             raise self.error
+        if self.agent is not None:
+            self.agent.raise_if_failed()
 
     def raise_if_interrupted(self) -> None:
         """Raise the exception of a second signal, if there was one. The loop's thread only."""

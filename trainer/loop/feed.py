@@ -333,8 +333,7 @@ class Feed:
             )
         batches = self._iterate(loader, seed)
         for number in range(position.batches):
-            if self._attempt.control.pending:
-                self._boundary.take_commands()
+            self._boundary.tick("skip")
             if next(batches, END) is END:
                 raise _too_short(number, position)
 

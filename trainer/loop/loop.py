@@ -120,7 +120,7 @@ class TrainingLoop:
     def _train_epoch(self, epoch: int, loader: Iterable[Any], resumed: Loaded | None) -> None:
         attempt, boundary, checkpoints = self._attempt, self._boundary, self._checkpoints
         feed, step, validation, position = self._feed, self._step, self._validation, self._position
-        origin, ledger, control = attempt.origin, attempt.ledger, attempt.control
+        origin, ledger = attempt.origin, attempt.ledger
         began = position.began = time.monotonic()
         size = feed.plan.size_of(loader, epoch)
         steps = feed.plan.steps(size, epoch, position.first_step if position.phase != "begin" else origin.global_step)
@@ -136,14 +136,13 @@ class TrainingLoop:
                 feed.begin(loader, resumed=resumed is not None)
             if position.phase != "end":
                 self._optimization.train()  # a checkpoint holds the weights as they are evaluated
-            if control.pending:
-                boundary.take_commands()
+            boundary.tick()
             limit = self._step_limit()
             self._step_ended_ns = ledger.since
             while origin.global_step < limit and (group := feed.read()) is not None:
                 # A checkpoint could not be resumed here: the batches in hand are neither used nor unread.
-                if control.pending and not checkpoints.enabled:
-                    boundary.take_commands()
+                if not checkpoints.enabled:
+                    boundary.glance()
                 outcome = step.run(group, self._keeps(outputs))
                 if outcome.skipped is None:
                     self._end_step(outcome, outputs, follows_loss)

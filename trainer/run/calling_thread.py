@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import queue
 import signal
 import threading
@@ -23,6 +24,8 @@ _HURRIED_END_S = 5.0
 """Maximum seconds to wait for observers after a second signal."""
 _CLOSING_S = 1.0
 """Maximum seconds to wait for the event loop to close after the run: an async sink that hangs may keep it open."""
+_REPEATS_S = 3.0
+"""Seconds after a first signal in which torchrun's copies of it arrive."""
 _ENDED: Final = "ended"
 _SECOND_SIGNAL: Final = "second signal"
 _News = Session | BaseException | str
@@ -141,8 +144,16 @@ def heed_signals(control: Control, on_second: Callable[[BaseException], None]) -
         yield
         return
 
+    # A launcher passes on a signal that the terminal or the scheduler has sent to its whole group: each gets it twice.
+    repeats_s = _REPEATS_S if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+    first_s = 0.0
+
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first_s
+        if control.stopped_by is not None and time.monotonic() - first_s < repeats_s:
+            return
         if control.stopped_by is None:
+            first_s = time.monotonic()
             control.stopped_by = name = signal.Signals(number).name
             if control.on_stop is not None:
                 control.on_stop()

@@ -21,7 +21,8 @@ from events.tracebacks import describe, format_stack, format_traceback
 from trainer.data.loaders import release_frames
 from trainer.data.rng import seed_everything
 from trainer.data.tensor_state import part_of
-from trainer.errors import ContractError, add_note
+from trainer.distributed.ending import speaks
+from trainer.errors import ContractError, PeerFailed, add_note
 from trainer.hooks.hooks import add_hint
 from trainer.loop.attempt import Attempt
 from trainer.loop.boundary import Boundary, StopRequested
@@ -96,10 +97,22 @@ class LoopThread:
         if self._thread is not None:
             self._thread.join(timeout_s)
 
+    @property
+    def has_thread(self) -> bool:
+        """Whether it runs on a thread of its own, not on the calling one."""
+        return self._thread is not None
+
     def join(self) -> None:
         """Wait for the thread's end, microseconds after `ended`."""
         if self._thread is not None:
             self._thread.join()
+
+    def abandon_for(self, error: PeerFailed) -> None:
+        """End the run in place of a loop that hangs in a collective, because another rank has failed."""
+        self._is_abandoned = True
+        if self._ending_lock.acquire(blocking=False):
+            self._record(error)
+            self._publish_end(self.ending)
 
     def abandon(self) -> str:
         """Publish the end of the run in place of a loop that hangs; return a description with its stack."""
@@ -156,7 +169,7 @@ class LoopThread:
             self.ending = Ending("stopped", stop.reason)
         except BaseException as error:  # the loop's border: published, then raised by `Trainer.train` or `Run`
             _drop_first_frame(error)  # breaks the cycle of this frame and the exception
-            self._record(error)
+            self._record(self._explained(error))
         finally:
             try:
                 self._finish()
@@ -218,11 +231,24 @@ class LoopThread:
             for one in self._logging:  # neither a submodule nor in the state dict
                 object.__setattr__(one, "_stagecast_recorder", self._attempt.recorder)
 
+    def _explained(self, error: BaseException) -> BaseException:
+        """Return the exception that has ended the run: with several ranks, perhaps the failure of another one."""
+        agent = self._attempt.control.agent
+        if agent is None:
+            return error
+        if self._attempt.control.stopped_by == "SIGTERM":
+            agent.hurry()
+        return agent.explain(error)
+
     def _record(self, error: BaseException) -> None:
         """Note the exception that ended the run."""
         attempt = self._attempt
         self.ending = ending = Ending(status_after(error), describe(error), error)
-        if ending.status == "failed":
+        if isinstance(error, PeerFailed):
+            ending.reason, ending.phase, error.reported = str(error), error.phase, True
+            if speaks(attempt.world.rank, error.rank):
+                logger.error(f"the run failed after global_step {attempt.origin.global_step}: {error}", published=True)
+        elif ending.status == "failed":
             from_elsewhere = error is attempt.control.error
             ending.phase = attempt.control.phase if from_elsewhere else attempt.phase
             ending.traceback = format_traceback(error)
@@ -261,7 +287,7 @@ class LoopThread:
             else:
                 self._publish_end(self.ending)
         except BaseException as error:  # of a last hook, or a cancellation during it
-            self._record(error)
+            self._record(self._explained(error))
             self._publish_end(self.ending)  # the last `RunEnded` counts
 
     @property

@@ -249,11 +249,11 @@ class Observers:
 
     # ----------------------------------------------------------------------------------- at the end of the run
 
-    def hurry(self) -> None:
-        """Leave the observers no more than a moment."""
-        self._supervisor.hurry(HURRIED_DRAIN_S)
+    def hurry(self, timeout_s: float = HURRIED_DRAIN_S) -> None:
+        """Leave the observers no more than a moment in each drain."""
+        self._supervisor.hurry(timeout_s)
         if self.host is not None:
-            self.host.hurry(HURRIED_DRAIN_S)
+            self.host.hurry(timeout_s)
 
     def leave_uploads(self) -> None:
         """Do not wait for uploads: the next attempt resumes them."""

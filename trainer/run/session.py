@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -45,6 +46,9 @@ from trainer.run.place import RunPlace
 from trainer.run.record import RunRecord
 from trainer.run.system import SystemSampler
 
+if TYPE_CHECKING:
+    from trainer.run.ranks import RankSession
+
 _HISTORY = 4_096
 """Events that are kept for late readers of a run without a journal."""
 
@@ -81,8 +85,7 @@ class Session:
         sinks_in: Place,
         record: RunRecord,
     ) -> None:
-        self.finished = anyio.Event()  # set when `serve` returns
-        self._on_stderr = on_stderr
+        self._on_stderr, self.finished = on_stderr, anyio.Event()  # set when `serve` returns
         self._grace = anyio.Event()  # set when the run is cancelled, which starts `stop_grace_s`
         self._stuck: str | None = None
         self._failed_in_drain: BaseException | None = None
@@ -111,14 +114,15 @@ class Session:
             self.observers = Observers(self.pump, info, plan, control, arguments, log, media)
             unused.callback(self.observers.discard)
             self.observers.add_journal(journal)
-            members = [(module, None), *map(split, callbacks)]
-            hooks = self.observers.add_callbacks(members, device, recorder, HOOKS_OF_TASK[task])
+            members, called = [(module, None), *map(split, callbacks)], HOOKS_OF_TASK[task]
+            hooks = self.observers.add_callbacks(members, device, recorder, called)
             self._inbox = Inbox(self.folder.path, control, began_ns) if self.folder is not None else None
             self.observers.add_sinks(sinks, sinks_in)
             self._system = self._make_sampler(arguments.system_interval_s if place.world.leads else None)
             parts = control, ring, hooks, recorder, readback, plan, record, info, place.world
             self._attempt = Attempt(task, module, arguments, device, precision, *parts)
             self.loop = LoopThread(self._attempt)
+            self._ranks = self._join_ranks(opened) if place.world.size > 1 else None
             if task == "train" and place.world.leads:
                 self.observers.add_checkpoints(module, lambda: self.loop.weights)
             self._write_settings()
@@ -154,6 +158,11 @@ class Session:
         """Close what the constructor opened, because the session will not run."""
         self._unused.close()
         self._opened.close()
+
+    def _join_ranks(self, opened: contextlib.ExitStack) -> RankSession:
+        from trainer.run.ranks import RankSession  # late, because a single process does not need it
+
+        return RankSession(self._attempt, self.loop, self._run_dir, opened)
 
     def _make_plan(self, place: RunPlace) -> CheckpointPlan:
         settings = place.settings
@@ -235,10 +244,13 @@ class Session:
     async def serve(self) -> None:
         """Deliver events until the loop has ended and the observers are drained. Survives cancellation around it."""
         await outliving(self._serve)
+        if self._ranks is not None:
+            self._ranks.exit_if_lost()
 
     async def _serve(self) -> None:
         with logging_for(self.origin), anyio.CancelScope(shield=True):
             reports: list[ObserverReport] = []
+            ranks = self._ranks
             try:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(outliving, self.pump.run, name="stagecast bus")
@@ -247,9 +259,11 @@ class Session:
                         self._inbox.start()
                     if self._system is not None:
                         tasks.start_soon(outliving, self._system.run, name="stagecast system")
-                    await self._wait_for_loop()
+                    await (self._wait_for_loop() if ranks is None else ranks.wait_for_loop(self._wait_for_loop))
                     if self._system is not None:
                         await self._system.stop()
+                    if ranks is not None and ranks.has_failed:
+                        self.observers.hurry(ranks.drain_s)
                     reports = await self.observers.drain(
                         cancelled=self.cancelled,
                         interrupted=isinstance(self.loop.ending.error, (KeyboardInterrupt, SystemExit)),
@@ -263,7 +277,7 @@ class Session:
             finally:
                 if self._system is not None:
                     self._system.abandon()
-                if self._stuck is None:
+                if self._stuck is None and (ranks is None or ranks.lost is None):
                     self.loop.release()
                 if self._inbox is not None:
                     self._inbox.stop()
@@ -332,6 +346,8 @@ class Session:
             weights=writer.weights.path if writer is not None else None,
             problems=self.observers.problems(reports, on_stderr=self._on_stderr),
         )
+        if self._ranks is not None:
+            self._ranks.leave_end(self.result)
 
     def outcome(self) -> RunResult:
         """Return the result of the finished session, or raise the exception that ended the run."""

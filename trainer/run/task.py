@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from events.log import logger
-from events.messages import CheckpointRejected, RunResumed, RunStarted
+from events.messages import CheckpointRejected, RankEnded, RunResumed, RunStarted
 from events.tracebacks import describe
 from trainer.checkpoint.fit import takes_state_by_default
 from trainer.checkpoint.loaded import Loaded
@@ -17,6 +17,7 @@ from trainer.checkpoint.position import Position
 from trainer.data.loaders import as_val_loaders, has_state, sequential_sampler
 from trainer.data.rng import RngState, capture_rng, restore_rng, seed_everything, seeded_rng
 from trainer.data.tensors import clone_tensors
+from trainer.distributed.ending import ends_of
 from trainer.distributed.sharding import Shard, seed_for
 from trainer.distributed.strategy import prepare
 from trainer.errors import ContractError, add_note
@@ -316,8 +317,18 @@ class Task:
         self._attempt.ring.publish(started)
         if self.on_started is not None:
             self.on_started()
+        self._publish_ranks_ended()
         for name, error in self._rejected:
             self._attempt.ring.publish(CheckpointRejected(*origin.header(), checkpoint=name, error=error))
+
+    def _publish_ranks_ended(self) -> None:
+        """Publish how the other ranks have ended the attempt before, if its rank 0 has died and cannot have."""
+        origin, store = self._attempt.origin, self._attempt.plan.store
+        if origin.attempt == 1 or store is None or not self._attempt.world.leads:
+            return
+        for end in ends_of(store.folder.parent, origin.attempt - 1):
+            ended = end.attempt, end.rank, end.host, end.status, end.reason, end.phase
+            self._attempt.ring.publish(RankEnded(*origin.header(), *ended))
 
     def _publish_resumed(self, loaded: Loaded | None) -> None:
         """Training begins at another place than where the attempt before has ended.
