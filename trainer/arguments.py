@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from events.strict import Strict
 from trainer.config import check_struct, decode, load_config
-from trainer.distributed.options import Ddp, StrategyName
+from trainer.distributed.options import Ddp, Fsdp, StrategyName
 from trainer.errors import ArgumentsError
 from trainer.peers import ARGUMENTS, TRAINER_ARGUMENTS
 
@@ -64,9 +64,9 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
     """Seeds Python, NumPy, torch and the shuffling. None: nothing is seeded."""
     device: Annotated[str, Meta(min_length=1)] = "auto"
     """The device to train on. 'auto' selects an accelerator if there is one, else the CPU."""
-    strategy: StrategyName | Ddp = "auto"
-    """How the processes that torchrun starts train together: 'ddp', or Ddp(...) with its options. 'single' trains in
-    each process for itself. 'auto' is 'ddp' if there are several processes, else 'single'."""
+    strategy: StrategyName | Ddp | Fsdp = "auto"
+    """How the processes that torchrun starts train together: 'ddp' or 'fsdp', or Ddp(...) or Fsdp(...) with options.
+    'single' trains in each process for itself. 'auto' is 'ddp' if there are several processes, else 'single'."""
     peer_timeout_s: Annotated[float, Meta(gt=0)] = 10.0
     """Seconds without a sign of life of any process of a host, after which it counts as lost, and ends the run. A
     process that dies beside others is missed at once."""

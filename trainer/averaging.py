@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from events.errors import CheckpointMismatch, StagecastError
 from events.log import logger
 from trainer.callback_interface import CallbackInterface, inline
+from trainer.distributed.local import local, whole
 from trainer.errors import ContractError, OptimizerError
 
 
@@ -150,11 +151,11 @@ class AveragedWeights(CallbackInterface):
             if id(tensor) in recomputed:
                 continue
             if not (tensor.is_floating_point() or tensor.is_complex()):
-                self._copied.append((average, tensor))
+                self._copied.append((local(average), local(tensor)))
                 continue
             averages, live = groups.setdefault((tensor.device, tensor.dtype, average.dtype), ([], []))
-            averages.append(average)
-            live.append(tensor)
+            averages.append(local(average))
+            live.append(local(tensor))
         self._groups = list(groups.values())
 
     def _named(self) -> dict[str, torch.Tensor]:
@@ -212,10 +213,12 @@ class AveragedWeights(CallbackInterface):
     def copy_to(self, module: nn.Module) -> None:
         """Load the averaged weights into another module of the same kind. Threads and errors as `weights`.
 
+        Weights that are divided among ranks are gathered: WAIT: for all ranks, each of which must call it.
+
         Raises:
             RuntimeError: The other module has other names or shapes.
         """
-        module.load_state_dict(self.weights())
+        module.load_state_dict({name: whole(value) for name, value in self.weights().items()})
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -304,7 +307,8 @@ class AveragedWeights(CallbackInterface):
 
 @torch.no_grad()
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]  # no public one
+    # Of tensors that are divided among ranks, each rank copies its part: torch's `_foreach_copy_` takes no others.
+    torch._foreach_copy_(list(map(local, targets)), list(map(local, sources)))  # pyright: ignore[reportPrivateImportUsage]  # no public one
 
 
 def _misfit(average: object, tensor: torch.Tensor) -> str | None:

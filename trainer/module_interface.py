@@ -294,6 +294,15 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         """
         return float(count_rows(batch, None).rows or 1)
 
+    def fsdp_units(self) -> Iterable[torch.nn.Module]:
+        """Return the submodules whose parameters ``strategy="fsdp"`` gathers together, for their passes alone.
+
+        Called once per run, before the optimizers are built. The default is each member of a `torch.nn.ModuleList`:
+        the blocks of a transformer. The rest of the module is one more unit. ``Fsdp(units=...)`` replaces it.
+        """
+        members = (one for each in self.modules() if isinstance(each, torch.nn.ModuleList) for one in each)
+        return [one for one in members if not isinstance(one, (torch.nn.ModuleList, torch.nn.ModuleDict))]
+
     def get_state(self) -> dict[str, Any]:
         """Return the module's state for a checkpoint; by default its state dict, not copied.
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from support.ranks import StartRanks
-from support.shared_runs import CASES, train
+from support.shared_runs import CASES, check_same, train
 from support.training import read_journal
 
 from events.messages import RunStarted, TrainStepEnded
@@ -34,17 +33,6 @@ torch.save(found, f"unread-{{os.environ['RANK']}}.pt")
 """
 UNREAD = (1, 3, 4)
 EXPECTED = ("train_step() returned None", "find_unused_parameters=True was specified")
-
-
-def check_same(alone: dict[str, Any], found: dict[str, Any], what: object) -> None:
-    assert found["steps"] == alone["steps"], what
-    assert (found["weights"] - alone["weights"]).abs().max() < 1e-12, what
-    assert found["metrics"].keys() == alone["metrics"].keys(), what
-    for name, value in alone["metrics"].items():
-        assert found["metrics"][name] == pytest.approx(value, rel=1e-12, abs=1e-12), (what, name)
-    for name in ("validated", "trained"):  # in order, without duplicates
-        assert len(found[name]) == len(alone[name]), what
-        assert all(torch.equal(one, other) for one, other in zip(found[name], alone[name], strict=True)), (what, name)
 
 
 @pytest.mark.timeout(300)

@@ -11,7 +11,7 @@ from support.ranks import StartRanks
 from support.shared_runs import Case, Classifier
 
 from trainer import Trainer, TrainerArguments
-from trainer.distributed import Ddp
+from trainer.distributed import Ddp, Fsdp
 from trainer.distributed.world import opened
 from trainer.errors import ArgumentsError
 
@@ -95,7 +95,7 @@ def test_mistakes_are_explained_on_every_rank_and_the_next_run_works(ranks: Star
 
 
 def test_ddp_without_the_environment_of_torchrun_names_the_command(tmp_path: Path) -> None:
-    for strategy in ("ddp", Ddp()):
+    for strategy in ("ddp", Ddp(), "fsdp", Fsdp()):
         trainer = Trainer(Classifier(Case()), TrainerArguments(strategy=strategy), sinks=[], run_dir=tmp_path / "run")
         with pytest.raises(ArgumentsError, match="RANK and WORLD_SIZE in the environment; start the script with torch"):
             trainer.train()
@@ -121,9 +121,10 @@ def test_a_single_process_joins_no_group(arguments: dict[str, Any], environment:
 @pytest.mark.parametrize(
     ("strategy", "says"),
     [
-        ("fsdp", "strategy = 'fsdp': must be one of 'auto', 'ddp', 'single' or a mapping of the fields of Ddp"),
-        ({"type": "fsdp"}, "strategy.type = 'fsdp': must be one of 'ddp'"),
+        ("tp", "strategy = 'tp': must be one of 'auto', 'ddp', 'fsdp', 'single' or a mapping of the fields of Ddp or"),
+        ({"type": "tp"}, "strategy.type = 'tp': must be one of 'ddp'"),
         ({"type": ["ddp"]}, "strategy.type = ['ddp']: must be one of 'ddp'"),
+        ({"type": "fsdp", "replicate": 0}, "strategy.replicate = 0: must be an integer >= 1"),
         ({"type": "ddp", "unused": True}, "strategy.unused: is not known"),
         ({"bucket_cap_mb": 0}, "strategy.bucket_cap_mb = 0: must be a number > 0"),
     ],

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from events.protocol import RunResult
 from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
 from trainer.distributed import Ddp
+from trainer.distributed.local import whole
 from trainer.errors import PeerFailed
 
 
@@ -156,17 +158,17 @@ def resume(case: Case, folder: Path, **more: Any) -> dict[str, Any]:
     return found(module, result)
 
 
-def train(case: Case, folder: Path, **more: Any) -> dict[str, Any]:
+def train(what: Case | Classifier, folder: Path, **more: Any) -> dict[str, Any]:
     """Train, and return all that must be the same."""
-    module = Classifier(case)
-    result = Trainer(module, case.arguments(**more), sinks=[], checkpoints=False, run_dir=folder).train()
+    module = what if isinstance(what, Classifier) else Classifier(what)
+    result = Trainer(module, module.case.arguments(**more), sinks=[], checkpoints=False, run_dir=folder).train()
     return found(module, result)
 
 
 def found(module: Classifier, result: RunResult) -> dict[str, Any]:
     """Return what a run has left."""
     return {
-        "weights": torch.cat([value.flatten() for value in module.state_dict().values()]),
+        "weights": torch.cat([whole(value).flatten() for value in module.state_dict().values()]),
         "steps": result.global_step,
         "metrics": result.metrics,
         "validated": module.validated,
@@ -174,6 +176,18 @@ def found(module: Classifier, result: RunResult) -> dict[str, Any]:
         "folder": result.run_dir,
         "run_id": result.run_id,
     }
+
+
+def check_same(alone: dict[str, Any], found: dict[str, Any], what: object) -> None:
+    """Check that a run has left what another one has."""
+    assert found["steps"] == alone["steps"], what
+    assert (found["weights"] - alone["weights"]).abs().max() < 1e-12, what
+    assert found["metrics"].keys() == alone["metrics"].keys(), what
+    for name, value in alone["metrics"].items():
+        assert found["metrics"][name] == pytest.approx(value, rel=1e-12, abs=1e-12), (what, name)
+    for name in ("validated", "trained"):  # in order, without duplicates
+        assert len(found[name]) == len(alone[name]), what
+        assert all(torch.equal(one, other) for one, other in zip(found[name], alone[name], strict=True)), (what, name)
 
 
 CASES = [

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from trainer.callback_interface import CallbackInterface, inline
 from trainer.callbacks.checks import Checks, must_be_trained
+from trainer.distributed.local import add_up, is_split, local, whole
 from trainer.hooks.hooks import without_outputs
 from trainer.media import Histogram
 from trainer.module_interface import ModuleInterface
@@ -40,7 +41,8 @@ class ModelStatistics(CallbackInterface):
     skipped; sparse gradients are converted to dense ones.
 
     Everything is computed on the parameters' device, with a few kernels for all norms together, and the loop does not
-    wait: the numbers are read later. At other steps the hook does nothing.
+    wait: the numbers are read later. At other steps the hook does nothing. Of parameters that are divided among ranks,
+    norms are added up in one message, and a histogram gathers one parameter at a time.
 
     Args:
         module: The trained module.
@@ -108,15 +110,13 @@ class ModelStatistics(CallbackInterface):
             self._log_histograms("gradients", gradients)
 
     def _log_norms(self, name: str, tensors: Named) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], Named] = {}
+        groups: dict[object, Named] = {}
         for one in tensors:
-            groups.setdefault((one[1].device, one[1].dtype), []).append(one)
+            parts = (one[1].device_mesh, one[1].placements) if is_split(one[1]) else None
+            groups.setdefault((one[1].device, one[1].dtype, parts), []).append(one)
         totals: list[torch.Tensor] = []
-        for (_, dtype), group in groups.items():
-            # Half precision would overflow or underflow.
-            wide = torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else None
-            ones = [tensor for _, tensor in group]
-            norms = torch._foreach_norm(ones, 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]  # no public one
+        for group in groups.values():
+            norms = _norms([tensor for _, tensor in group])
             for (parameter, _), norm in zip(group, norms, strict=True):
                 if not self._is_excluded(parameter):
                     self._module.log(f"{name}/{parameter}", norm)
@@ -127,6 +127,7 @@ class ModelStatistics(CallbackInterface):
     def _log_histograms(self, name: str, tensors: Named) -> None:
         for parameter, tensor in tensors:
             if not self._is_excluded(parameter):
+                tensor = whole(tensor)  # WAIT: for all ranks, if it is divided among them
                 real = tensor.abs() if tensor.is_complex() else tensor
                 self._module.log(f"{name}/{parameter}", Histogram(real, self._bins))
 
@@ -137,6 +138,19 @@ class ModelStatistics(CallbackInterface):
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
     gradient = gradient.detach()
     return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
+def _norms(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Return the norm of each tensor of one device, type and division. WAIT: for all ranks, if they are divided."""
+    first, parts = tensors[0], [local(one) for one in tensors]
+    # Half precision would overflow or underflow.
+    wide = torch.float32 if first.dtype.is_floating_point and first.dtype.itemsize < 4 else None
+    norms = torch._foreach_norm(parts, 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]  # no public one
+    if not is_split(first):
+        return norms
+    of_parts = torch.stack(list(norms))
+    exact = of_parts if of_parts.device.type == "mps" else of_parts.double()  # a square could overflow
+    return add_up(exact.square(), first).sqrt().to(of_parts.dtype).unbind()
 
 
 def _together(norms: list[torch.Tensor]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from events.checkpoint import packing
 from events.checkpoint.snapshot import Part
 from events.checkpoint.tensor_file import TensorInfo, read_layout
 from events.errors import CheckpointDamaged, UnstorableState
+from trainer.distributed.local import is_split
 
 _STORED: dict[torch.dtype, tuple[str, str]] = {
     torch.bool: ("BOOL", ""),
@@ -174,6 +175,8 @@ def _stored_as(path: str, tensor: torch.Tensor) -> tuple[str, str]:
         problem = "is not initialised; run the module once, or give it its shapes, before training"
     elif tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
         problem = "is sparse, nested or quantized; return it from get_state() in parts, as plain tensors"
+    elif is_split(tensor):
+        problem = "is divided among ranks; return its full_tensor() from get_state(), on every rank"
     elif tensor.is_meta:
         problem = "is on the meta device and has no elements"
     elif tensor.dtype not in _STORED:

@@ -23,6 +23,7 @@ class ManualDdp:
     The gradients of each update are averaged in one message after its backward pass.
     """
 
+    always_together = False
     part = 1.0
 
     def __init__(self, module: ModuleInterface, options: Ddp) -> None:
@@ -38,7 +39,7 @@ class ManualDdp:
     def accumulating(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
-    def skip(self, *, skips: bool) -> None:
+    def expect(self, part: float, *, is_dummy: bool) -> None:
         pass
 
     def refresh(self) -> None:
@@ -91,6 +92,7 @@ class DdpStrategy:
     step to all ranks, without a message of its own.
     """
 
+    always_together = False
     part = 1.0
 
     def __init__(self, module: ModuleInterface, options: Ddp) -> None:
@@ -141,8 +143,8 @@ class DdpStrategy:
     def accumulating(self) -> contextlib.AbstractContextManager[object]:
         return self._ddp.no_sync()
 
-    def skip(self, *, skips: bool) -> None:
-        self._passing.skips = skips
+    def expect(self, part: float, *, is_dummy: bool) -> None:
+        self._passing.skips = not part and not is_dummy
 
     def backward(self, scaled: torch.Tensor | None, loss: torch.Tensor | None, part: float, *, last: bool) -> None:
         roots: list[torch.Tensor] = []

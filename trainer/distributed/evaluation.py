@@ -11,6 +11,7 @@ from trainer.data.rows import CountRows, row_counter
 from trainer.distributed.divided import RankBatches, batches_of_rank, division_of, reads_all, warn_of_same
 from trainer.distributed.merged import BatchNumbers, Numbers, exchange_outputs, host_numbers
 from trainer.distributed.sharding import Shard
+from trainer.errors import DataLoaderError
 from trainer.hooks.capture import EpochOutputs
 from trainer.hooks.recorder import Entry, is_number
 from trainer.loop.boundary import Boundary
@@ -39,6 +40,9 @@ class RankEvaluation(Evaluation):
         """Yield as many turns as on any rank: a rank that is short of a batch is idle."""
         assert isinstance(batches, RankBatches)
         attempt, phase = self._attempt, f"the dataloader {key!r} of get_{EVENTS[stage][0]}_dataloaders"
+        method = f"get_{EVENTS[stage][0]}_dataloaders()"
+        together = attempt.strategy is not None and attempt.strategy.always_together
+        last: Any = END
         self._marks = []
         rounds = self._rounds(loader, limit)
         for number in itertools.count() if rounds is None else range(rounds):
@@ -48,12 +52,29 @@ class RankEvaluation(Evaluation):
             if rounds is None and self._world.minimum(batch is END):  # WAIT: for all ranks
                 return
             if not number and division_of(loader) == "own":
-                warn_of_same(self._world, None if batch is END else batch, f"get_{EVENTS[stage][0]}_dataloaders()")
+                warn_of_same(self._world, None if batch is END else batch, method)
             attempt.ledger.enter("other")
             self._boundary.cross()
             self._number = number * self._shard.world_size + self._shard.rank
             is_idle = batch is END or batches.is_dummy or (limit is not None and self._number >= limit)
+            if not together:
+                yield IDLE if is_idle else batch
+                continue
+            last = last if batch is END else batch
+            if is_idle:
+                self._run_idle(stage, last, method)
             yield IDLE if is_idle else batch
+
+    def _run_idle(self, stage: Stage, batch: Any, method: str) -> None:
+        """Take part in a forward pass of all ranks, without a trace."""
+        if batch is END:
+            raise DataLoaderError(
+                f"{method} gave rank {self._world.rank} no batch, but with strategy='fsdp' all ranks compute each batch"
+                f" together; give each rank a part of the data"
+            )
+        self._attempt.phase = f"{EVENTS[stage][0]}_step"
+        with self._attempt.recorder.unseen():
+            self._forward(stage, batch)
 
     def _rounds(self, loader: Iterable[Any], limit: int | None) -> int | None:
         """Return the most batches of any rank; None if a rank does not know."""

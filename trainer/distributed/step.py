@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 
@@ -42,7 +41,7 @@ class RankStep(Step):
         """One call of `train_step` on each rank; WAIT: in each of its updates, and for the step's loss."""
         one = group[0]
         self._strategy.part = one.part
-        with self._unseen() if one.is_dummy else contextlib.nullcontext():
+        with self._attempt.recorder.unseen() if one.is_dummy else contextlib.nullcontext():
             outcome = super()._by_module(group, keep)
         has_loss = outcome.loss is not None and not one.is_dummy
         weight, loss = self._strategy.mean(outcome.loss, one.part if has_loss else 0.0)
@@ -66,7 +65,7 @@ class RankStep(Step):
             self._last = i + 1 == len(group)
             context = contextlib.nullcontext() if self._last else self._strategy.accumulating()
             with context:
-                self._strategy.skip(skips=not one.part and not one.is_dummy)
+                self._strategy.expect(one.part, is_dummy=one.is_dummy)
                 if one.is_dummy:
                     computed = self._compute_dummy(one, i)
                     dummies += [] if computed is None else [computed[1]]
@@ -95,24 +94,11 @@ class RankStep(Step):
         return loss, self._rows(group, weight), (outputs or dummies) if keep else None
 
     def _compute_dummy(self, one: MicroBatch, number: int) -> tuple[torch.Tensor, Outputs] | None:
-        with self._unseen():
+        with self._attempt.recorder.unseen():
             computed = self._micro_step(one, 0.0, number)
             if computed is None:
                 self._strategy.backward(None, None, 0.0, last=self._last)
         return computed
-
-    @contextlib.contextmanager
-    def _unseen(self) -> Iterator[None]:
-        """Leave no logged value, and no update of a metric object, of the step within the block."""
-        recorder = self._attempt.recorder
-        objects, values = recorder.objects, list(recorder.values)
-        logged = dict(objects.epoch)
-        objects.hold()
-        held = objects.state_dict()
-        objects.release()
-        yield
-        recorder.values, objects.epoch = values, logged
-        objects.load_state_dict(held)
 
     def _is_counted(self, weight: float, has_loss: bool) -> bool:
         """Whether the step has a weight on any rank."""
@@ -139,7 +125,8 @@ class RankStep(Step):
 
     def _backward(self, loss: torch.Tensor, one: MicroBatch, part: float | None) -> torch.Tensor:
         detached, part = loss.detach(), part or 0.0
-        if not part and not one.is_dummy:  # the weight that the module gave it: its loss may be a mean over nothing
+        if not (part or one.is_dummy or self._strategy.always_together):
+            # The weight that the module gave it: its loss may be a mean over nothing.
             self._strategy.backward(None, None, 0.0, last=self._last)
             return torch.zeros_like(detached)
         # A dummy has a backward pass, because the module's own code may exchange gradients in it.

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from trainer.distributed.options import Ddp
+from trainer.arguments import TrainerArguments
+from trainer.distributed.options import Fsdp
 from trainer.distributed.world import World
 from trainer.module_interface import ModuleInterface
 
@@ -26,9 +27,12 @@ class Strategy(Protocol):
     """The ranks' common forward and backward passes. On the loop's thread.
 
     Attributes:
+        always_together: Whether each forward and backward pass is one of all ranks, also of batches without weight and
+            in evaluation.
         part: Of a module that runs its own backward passes: the part of the present batch in the mean over the ranks.
     """
 
+    always_together: bool
     part: float
 
     def forward(self, *args: Any) -> Any:
@@ -38,8 +42,14 @@ class Strategy(Protocol):
         """Keep the gradients of the passes in this block to this rank, until those of the next one."""
         ...
 
-    def skip(self, *, skips: bool) -> None:
-        """Declare whether the next forward pass is of a batch without weight, which gets no backward pass."""
+    def expect(self, part: float, *, is_dummy: bool) -> None:
+        """Declare the batch of the next forward pass.
+
+        Args:
+            part: Its part of the mean over the ranks.
+            is_dummy: It is computed only to have as many passes on each rank. Another batch of part 0 has no backward
+                pass, unless `always_together`.
+        """
 
     def backward(self, scaled: torch.Tensor | None, loss: torch.Tensor | None, part: float, *, last: bool) -> None:
         """Compute the gradients of a micro-batch.
@@ -70,8 +80,12 @@ class Strategy(Protocol):
         """Start over if other parameters are trained than before."""
 
 
-def prepare(module: ModuleInterface, world: World) -> Strategy | None:
+def prepare(
+    module: ModuleInterface, world: World, arguments: TrainerArguments, device: torch.device
+) -> Strategy | None:
     """Wrap a module for the ranks of a run; afterwards all of them have rank 0's weights. None in a single process.
+
+    WAIT: for all ranks.
 
     Raises:
         ArgumentsError: The options do not fit the module or its device.
@@ -79,7 +93,11 @@ def prepare(module: ModuleInterface, world: World) -> Strategy | None:
     options = world.strategy
     if options is None:
         return None
-    assert isinstance(options, Ddp)
-    ddp: Any = importlib.import_module("trainer.distributed.ddp")
-    made: Strategy = (ddp.ManualDdp if module.manual_optimization else ddp.DdpStrategy)(module, options)
+    made: Strategy
+    if isinstance(options, Fsdp):
+        fsdp: Any = importlib.import_module("trainer.distributed.fsdp")
+        made = fsdp.FsdpStrategy(module, options, world, arguments, device)
+    else:
+        ddp: Any = importlib.import_module("trainer.distributed.ddp")
+        made = (ddp.ManualDdp if module.manual_optimization else ddp.DdpStrategy)(module, options)
     return made

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ import torch
 
 from events.tracebacks import describe
 from trainer.arguments import TrainerArguments
-from trainer.distributed.options import Ddp
+from trainer.distributed.options import Ddp, Fsdp
 from trainer.distributed.sharding import seed_for
 from trainer.errors import ArgumentsError, PeerFailed
 
@@ -37,6 +39,7 @@ class World:
         strategy: How the model is distributed; None: not at all.
         store: Torch's key-value store for this run and this restart of the processes; None in a single process.
         decisions: A gloo group for what all ranks agree on, used on the loop's thread alone; None in a single process.
+        stays: Whether the process groups stay when the run has ended, because the parameters are divided among them.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int | None = None) -> None:
@@ -44,7 +47,8 @@ class World:
         self.size = size
         self.local_rank = local_rank
         self.host = socket.gethostname()
-        self.strategy: Ddp | None = None
+        self.strategy: Ddp | Fsdp | None = None
+        self.stays = False
         self.store: Any = None
         self.decisions: Any = None
         self._dist: Any = None
@@ -63,6 +67,11 @@ class World:
     def is_distributed(self) -> bool:
         """Whether the ranks exchange gradients: a group of one rank does, too."""
         return self._dist is not None
+
+    @property
+    def shards(self) -> bool:
+        """Whether each rank has only a part of each parameter."""
+        return isinstance(self.strategy, Fsdp)
 
     @property
     def leads(self) -> bool:
@@ -204,14 +213,21 @@ def opened(arguments: TrainerArguments, environment: Mapping[str, str] = os.envi
         yield world
     finally:
         world._dist = world.store = None
-        if joins:
+        if joins and not world.stays:
             world.decisions = None
             dist.destroy_process_group()
         elif world.decisions is not None:
             dist.destroy_process_group(world.decisions)
 
 
-def _strategy_of(arguments: TrainerArguments, environment: Mapping[str, str]) -> Ddp | None:
+@atexit.register
+def _leave() -> None:
+    """Leave the groups that have stayed; those of the host, if it has left them to the end of the process, too."""
+    if _opened and (dist := sys.modules.get("torch.distributed")) is not None and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _strategy_of(arguments: TrainerArguments, environment: Mapping[str, str]) -> Ddp | Fsdp | None:
     named = arguments.strategy
     if named == "single":
         return None
@@ -223,7 +239,7 @@ def _strategy_of(arguments: TrainerArguments, environment: Mapping[str, str]) ->
             f"strategy={named!r} needs {' and '.join(missing)} in the environment; start the script with torchrun"
             f" --nproc-per-node=N"
         )
-    return Ddp() if named == "ddp" else named
+    return Ddp() if named == "ddp" else Fsdp() if named == "fsdp" else named
 
 
 def _places(world: World, arguments: TrainerArguments) -> bool:

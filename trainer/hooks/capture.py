@@ -14,6 +14,7 @@ from events.checkpoint.snapshot import Part
 from events.errors import CheckpointDamaged
 from trainer.data.tensor_state import part_of
 from trainer.data.tensors import clone_tensors, map_tensors
+from trainer.distributed.local import whole
 from trainer.errors import EpochOutputsTooLarge
 from trainer.hooks.collate import (
     MISSING,
@@ -58,7 +59,7 @@ class Capture:
         def copy(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal nbytes
             nbytes += tensor.nbytes
-            clone = tensor.detach().clone()
+            clone = whole(tensor.detach()).clone()  # WAIT: for all ranks, if the tensor is divided among them
             if clone.device.type == "cpu":
                 return clone
             if self._stream is None:  # SYNC: an accelerator without CUDA's streams

@@ -6,6 +6,7 @@ torchmetrics are found by ``_defaults``, the attribute in which ``Metric.add_sta
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeGuard
 
@@ -191,9 +192,18 @@ class MetricObjects:
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
+    @contextlib.contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Undo the updates that metrics get within the block, and forget those that it logs."""
+        states = _copies(self._states())
+        logged = dict(self.epoch), dict(self.evaluation)
+        yield
+        self.epoch, self.evaluation = logged
+        self.load_state_dict({"states": states})
+
     def hold(self) -> None:
         """Keep the state before a dataloader is evaluated: a run that resumes within it starts it again."""
-        self._held = {path: {name: _copy(value) for name, value in one.items()} for path, one in self._states().items()}
+        self._held = _copies(self._states())
 
     def release(self) -> None:
         """The dataloader is done: the state is the current one again."""
@@ -264,6 +274,10 @@ def _names(metric: Any) -> list[str]:
     """Names of all that changes with updates: states, counts, and the tensors that `MinMaxMetric` has beside them."""
     own = [name for name, value in vars(metric).items() if isinstance(value, torch.Tensor) and name[:1] != "_"]
     return list(dict.fromkeys([*_defaults(metric), *_counters(metric), *own]))
+
+
+def _copies(states: State) -> State:
+    return {path: {name: _copy(value) for name, value in one.items()} for path, one in states.items()}
 
 
 def _copy(value: Any) -> Any:

@@ -25,6 +25,7 @@ from events.messages import (
     TrainStepEnded,
 )
 from events.metrics import result_metrics
+from trainer.distributed.local import is_split
 
 _Place = tuple[Callable[[Any, str, Any], None], object, str]
 """The target of a number: a setter, the event or dictionary, and the name."""
@@ -114,6 +115,8 @@ class DeviceReadback:
 
     def _read(self, places: list[_Place], tensors: list[torch.Tensor]) -> list[_Read]:
         """Read tensors of one kind; return the reads that wait for a device."""
+        if any(map(is_split, tensors)):  # reading it here would be an exchange of all ranks
+            raise TypeError("a number is divided among ranks; log its full_tensor() on every rank")
         if tensors[0].is_cuda:
             return [self._read_from_cuda(places, tensors)]
         _put(places, torch.stack(tensors))
@@ -244,5 +247,5 @@ def _grouped(numbers: list[tuple[_Place, torch.Tensor]]) -> list[list[tuple[_Pla
     """Group the tensors by device, dtype and shape, so that each group can be stacked."""
     groups: dict[object, list[tuple[_Place, torch.Tensor]]] = {}
     for place, tensor in numbers:
-        groups.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append((place, tensor))
+        groups.setdefault((tensor.device, tensor.dtype, tensor.shape, is_split(tensor)), []).append((place, tensor))
     return list(groups.values())

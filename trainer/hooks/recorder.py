@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeGuard
 
@@ -26,6 +27,7 @@ from events.metrics import TRAIN_EPOCH_LOSS, metric_name, reserved
 from events.origin import Header, header_of
 from events.text import MOST_NAME, as_name, name_problem
 from trainer.callback_interface import Reduction, checked_number
+from trainer.distributed.local import is_split, whole
 from trainer.errors import MetricNotFound
 from trainer.hooks.metric_objects import MetricObject, MetricObjects, check_single
 from trainer.hooks.reductions import Numbers, Value, reduced
@@ -85,7 +87,7 @@ class MetricRecorder:
         if before != reduce:
             raise ValueError(f"log({name!r}) got reduce={reduce!r} here and {before!r} before; give it one of them")
         if isinstance(value, torch.Tensor):
-            value = value.detach().reshape(()).clone()
+            value = self._whole(name, value.detach()).reshape(()).clone()
         if threading.get_ident() == self._loop_thread:
             self.values.append((name, value, self.weight, reduce))
             return
@@ -97,6 +99,17 @@ class MetricRecorder:
             self._publish_other(name, value, header, key, of_seq)
         else:
             self._publish(MetricsLogged(*header, metrics={}, key=key, of_seq=of_seq), {name: value})
+
+    def _whole(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Return all of a tensor that is divided among ranks. WAIT: for all ranks, which log it, too."""
+        if not is_split(value):
+            return value
+        if threading.get_ident() != self._loop_thread and not getattr(self._hook, "fenced", False):
+            raise TypeError(
+                f"log({name!r}) got a tensor that is divided among ranks, in a hook that only observes; mark the hook"
+                f" @inline"
+            )
+        return whole(value)
 
     def log_metric(self, name: str | None, metric: MetricObject, owner: object) -> None:
         """Record a metric object: its value at the end of the epoch or evaluation, or now in a hook of that end.
@@ -173,6 +186,14 @@ class MetricRecorder:
                 reductions[name] = reduce
         if groups and (found := reduced(groups, reductions)):
             self._publish(MetricsLogged(*self._ring.origin.header(), metrics={}, key=key), found)
+
+    @contextlib.contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Drop the values that are logged within the block on the loop's thread, and the updates of metric objects."""
+        values = list(self.values)
+        with self.objects.unseen():
+            yield
+        self.values = values
 
     def discard(self) -> None:
         """Drop the values logged on the loop's thread since the last `flush`: the step was skipped."""

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from events.log import logger
 from trainer.averaging import AveragedWeights
 from trainer.data.tensors import map_tensors
+from trainer.distributed.local import local
 from trainer.errors import ContractError, add_note
 from trainer.hooks.hooks import CallbackHooks
 from trainer.module_interface import ModuleInterface
@@ -155,4 +156,4 @@ def _memory_of(tensor: torch.Tensor) -> object:
     """A value that only tensors with the same memory share."""
     if is_lazy(tensor) or tensor.layout is not torch.strided or not tensor.numel():
         return object()
-    return tensor.data_ptr(), tensor.dtype, tensor.shape
+    return local(tensor).data_ptr(), tensor.dtype, tensor.shape

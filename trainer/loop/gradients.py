@@ -1,4 +1,7 @@
-"""The gradients of a step: whether all are finite, their norm, clipping, and clearing. Nothing waits for the device."""
+"""The gradients of a step: whether all are finite, their norm, clipping, and clearing. Nothing waits for the device.
+
+With gradients that are divided among ranks, checks and norms are of all parts. WAIT: for all ranks, once per step.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from trainer.distributed.local import add_up, is_split, local, whole
 
 _PART_BYTES = 4 * 2**20
 """Gradients of a step that are checked on a CPU, where they may be checked in turn."""
@@ -27,10 +32,12 @@ class GradientCheck:
         in_turn: Check about 4 MiB of a CPU's gradients per step, the others in the next steps: to read all of them
             takes a large model 4 to 7 % of its step. A gradient that is not finite has made its parameter so, and is
             found later, unless that has made the loss so before.
+        shards: The gradients are divided among ranks.
     """
 
-    def __init__(self, *, in_turn: bool = False) -> None:
+    def __init__(self, *, in_turn: bool = False, shards: bool = False) -> None:
         self._in_turn = in_turn
+        self._shards = shards
         self._turns: dict[int, Iterator[slice]] = {}  # by number of gradients: a part of the model has its own
         self._one = torch.ones(())
         self._free: list[torch.Tensor] = []  # zeros () on one device, allocated in batches to save a kernel per step
@@ -49,6 +56,9 @@ class GradientCheck:
             if turns is None:
                 turns = self._turns[len(gradients)] = itertools.cycle(_parts(gradients))
             gradients = gradients[next(turns)]
+        split = next(filter(is_split, gradients), None) if self._shards else None
+        if split is not None:
+            gradients = [local(one) for one in gradients]
         if not self._free:
             device = gradients[0].device
             self._free = list(torch.zeros(256, device=device).unbind())
@@ -63,7 +73,7 @@ class GradientCheck:
             if found.device != gradients[0].device:
                 self._free.clear()
             found = _look_at_each(gradients)
-        return found
+        return found if split is None else add_up(found, split)
 
 
 def _parts(gradients: list[torch.Tensor]) -> list[slice]:
@@ -174,9 +184,10 @@ def clip_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     try:
-        if math.isinf(max_norm):
-            return get_total_norm([one.grad for one in parameters if one.grad is not None])
-        return clip_grad_norm_(parameters, max_norm)
+        norm = whole(get_total_norm([one.grad for one in parameters if one.grad is not None]))
+        if not math.isinf(max_norm):
+            clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
     except NotImplementedError:  # raised for a sparse gradient, before any is changed
         values = [_coalesced_values(parameter) for parameter in parameters]
     norm = get_total_norm(values)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from trainer.distributed.local import local
 from trainer.errors import OptimizerError
 from trainer.loop.attempt import Attempt
 from trainer.loop.gradients import Clearing, GradientCheck, clip_
@@ -74,7 +75,9 @@ class Optimization:
         self._guards = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.gradients = Clearing(self.optimizers, attempt.module, attempt.device)
-        self._gradient_check = GradientCheck(in_turn=attempt.arguments.non_finite == "warn")
+        self._gradient_check = GradientCheck(
+            in_turn=attempt.arguments.non_finite == "warn", shards=attempt.world.shards
+        )
         self._switched: list[Any] = [
             one
             for one in self.optimizers
@@ -304,7 +307,7 @@ class Optimization:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        parameter.grad.mul_(factor)
+                        local(parameter.grad).mul_(factor)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of optimizers and schedulers, not copied."""

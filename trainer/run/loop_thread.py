@@ -22,7 +22,8 @@ from trainer.data.loaders import release_frames
 from trainer.data.rng import seed_everything
 from trainer.data.tensor_state import part_of
 from trainer.distributed.ending import speaks
-from trainer.errors import ContractError, PeerFailed, add_note
+from trainer.distributed.local import is_split
+from trainer.errors import ArgumentsError, ContractError, PeerFailed, add_note
 from trainer.hooks.hooks import add_hint
 from trainer.loop.attempt import Attempt
 from trainer.loop.boundary import Boundary, StopRequested
@@ -193,10 +194,9 @@ class LoopThread:
         if arguments.seed is not None:
             seed_everything(arguments.seed)
         self._claim()
-        for name, parameter in module.named_parameters():
-            if parameter.is_meta:
-                raise ContractError(f"the parameter {name} is on the meta device; give it data with to_empty()")
-        module.to(attempt.device)
+        if not attempt.world.shards:  # else each rank gets its part of the module when that is distributed
+            self._check_module()
+            module.to(attempt.device)
         if warning := attempt.batching.batch_size_warning():
             logger.warning(warning)
         restore = compile_steps(module, arguments.compile_options) if arguments.compile else None
@@ -207,6 +207,13 @@ class LoopThread:
         finally:
             if restore is not None:
                 restore()
+
+    def _check_module(self) -> None:
+        for name, parameter in self._attempt.module.named_parameters():
+            if parameter.is_meta:
+                raise ContractError(f"the parameter {name} is on the meta device; give it data with to_empty()")
+            if is_split(parameter):
+                raise ArgumentsError(f"the parameter {name} is divided among ranks; set strategy='fsdp'")
 
     def _enter_callbacks(self, around: contextlib.ExitStack) -> None:
         attempt = self._attempt
@@ -266,6 +273,7 @@ class LoopThread:
             return
         if control.interruption is not None and self._is_clean:
             self._record(control.interruption)  # a second signal arrived since the last step
+        attempt.world.stays = attempt.world.shards and self._is_clean
         try:
             if not self.task.started:  # it failed before the length of an epoch was known
                 self.task.publish_started(None)

@@ -20,7 +20,7 @@ from trainer.data.tensors import clone_tensors
 from trainer.distributed.ending import ends_of
 from trainer.distributed.sharding import Shard, seed_for
 from trainer.distributed.strategy import prepare
-from trainer.errors import ContractError, add_note
+from trainer.errors import ArgumentsError, ContractError, add_note
 from trainer.loop.boundary import Boundary
 from trainer.loop.checkpointing import PREPARING
 from trainer.loop.evaluation import Evaluation
@@ -87,11 +87,21 @@ class Task:
         if not world.is_distributed:
             return
         attempt.phase = "distributing the module"
-        attempt.strategy = world.together(lambda: prepare(attempt.module, world))
+        if world.shards and (self._checkpoints.settings is not None or self._loaded is not None):
+            raise ArgumentsError(
+                "strategy='fsdp' neither saves checkpoints nor resumes from them; set checkpoints=False, and init_from="
+                " to start from weights"
+            )
+        attempt.strategy = world.together(lambda: prepare(attempt.module, world, attempt.arguments, attempt.device))
         seed = attempt.arguments.seed
         seed = world.share(torch.initial_seed() if seed is None else seed)
         if not world.leads:
             seed_everything(seed_for(seed, world.data_rank))
+
+    def _shard(self) -> None:
+        """Divide the module for an evaluation, too: it may not fit a single device."""
+        if self._attempt.world.shards:
+            self._distribute()
 
     def _make_feed(self) -> Feed:
         if self._attempt.world.size == 1:
@@ -244,6 +254,7 @@ class Task:
         """Validate once, with the weights of a checkpoint or a file if there is one."""
         attempt, module = self._attempt, self._attempt.module
         weights = self._load_weights("validated")
+        self._shard()
         loaders = self._evaluated("get_val_dataloaders", module.get_val_dataloaders, "validate")
         attempt.recorder.begin_validation(attempt.origin.global_step)
         with weights:
@@ -252,6 +263,7 @@ class Task:
     def test(self) -> None:
         """Test, with the weights of a checkpoint or a file if there is one."""
         weights = self._load_weights("tested")
+        self._shard()
         loaders = self._evaluated("get_test_dataloaders", self._attempt.module.get_test_dataloaders, "test")
         with weights:
             self.outputs = self._make_evaluation().run(Stage.TEST, loaders, None, keep=True)
