@@ -258,9 +258,12 @@ class Trainer:
 
     def _place_of(self, world: World, wait_for: Callable[[Callable[[], None]], object]) -> RunPlace:
         """Choose the folder, and fetch the checkpoint to resume from: on rank 0, for all ranks."""
+        job = Job.next() if world.is_distributed else NO_JOB
+        # A launcher counts the restarts of its own host's failures, and not those for which another has asked.
+        job = job._replace(restarted=any(world.gather(job.restarted)))
 
         def choose() -> RunPlace | None:
-            place = self._place(Job.next() if world.is_distributed else NO_JOB) if world.leads else None
+            place = self._place(job) if world.leads else None
             if place is not None and place.is_remote:
                 wait_for(place.fetch)
             return place

@@ -9,23 +9,32 @@ import pytest
 import torch
 from support.ranks import StartRanks
 from support.shared_runs import Case, resume, start, train
+from support.training import read_journal
 
 from events.checkpoint.files import read_manifest
 from events.errors import CheckpointMismatch
+from events.messages import RunResumed
 from trainer.checkpoint.loaded import Loaded
 from trainer.distributed.sharding import seed_for
 
 PROGRAM = """
 import os, torch
 from pathlib import Path
-from support.shared_runs import Case, resume, start, train
+from support.shared_runs import Case, Classifier, found, resume, start, train
+from trainer import Trainer
 
 shuffled = Case(dropout=0.3)
 whole = train(shuffled, Path("whole"))
 start(shuffled, Path("begun"))
 there = resume(shuffled, Path("begun"))
 start(Case(), Path("of-two"))
-torch.save([whole, there, resume(Case(), Path("of-one"))], f"found-{os.environ['RANK']}.pt")
+from_one = resume(Case(), Path("of-one"))
+start(Case(), Path("restarted"))
+# As on two hosts, of which the first has only waited for the restart of the other; no resume is given.
+os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "TORCHELASTIC_RESTART_COUNT": os.environ["RANK"]}
+module = Classifier(Case())
+restarted = found(module, Trainer(module, Case().arguments(), sinks=[], run_dir="restarted").train())
+torch.save([whole, there, from_one, restarted], f"found-{os.environ['RANK']}.pt")
 """
 MESSAGES = ("the run failed", "Boom", "outputs", "resum")
 
@@ -45,12 +54,15 @@ def test_ranks_resume_exactly_and_other_numbers_of_ranks_with_the_same_rows(rank
     ended = started.end(280)
     assert ended.code == 0, ended.err
     for rank in (0, 1):
-        whole, there, from_one = torch.load(tmp_path / f"found-{rank}.pt", weights_only=False)
+        whole, there, from_one, restarted = torch.load(tmp_path / f"found-{rank}.pt", weights_only=False)
         check_weights(whole, there, exactly=True)  # with dropout: each rank has its own random generators back
         check_weights(alone, from_one, exactly=False)  # one rank, then two
+        check_weights(alone, restarted, exactly=False)
+        assert restarted["run_id"] == "run"
     checkpoints = tmp_path / "of-two" / "checkpoints"
     manifest = read_manifest(checkpoints / "step-6.a1")
     assert "rank-1.msgpack" in manifest.files
+    assert sum(isinstance(event, RunResumed) for event in read_journal(tmp_path / "restarted")) == 1
     assert manifest.format == 1  # any version of this library reads it
     check_weights(alone, resume(Case(), tmp_path / "of-two"), exactly=False)  # two ranks, then one
 
