@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from support.ranks import StartRanks
-from support.sharded import SHARDED, Masked
-from support.shared_runs import Case, check_same, train
+from support.sharded import SHARDED, Infinite, Masked, observed
+from support.shared_runs import Case, Classifier, check_same, train
+from support.training import read_journal
+
+from events.messages import HistogramLogged, MetricsLogged
 
 PROGRAM = """
 import os, torch
@@ -44,3 +48,97 @@ def test_divided_modules_train_what_one_process_trains(
         everything = torch.load(tmp_path / f"found-{rank}.pt", weights_only=False)
         for number, one, other in zip((*numbers, "masked"), alone, everything, strict=True):
             check_same(one, other, (rank, number))
+
+
+OTHERS = """
+import json, os, torch
+from pathlib import Path
+from support.sharded import Infinite, Stacked, observed
+from support.shared_runs import Case, Classifier, train
+from trainer import Trainer
+from trainer.distributed import Fsdp
+from trainer.distributed.local import whole
+
+rank = int(os.environ["RANK"])
+strategy = Fsdp(units=["Linear"])
+found = {
+    "observed": observed(Classifier(Case(rows=60, clips=True)), Path("observed"), strategy=strategy),
+    "skips": train(Infinite(Case(rows=60)), Path("skips"), strategy=strategy, non_finite="skip"),
+}
+with torch.device("meta"):
+    made = Stacked(Case(rows=40, epochs=1))
+blank = Classifier(Case(rows=40))
+made.x, made.y = blank.x, blank.y
+train(made, Path("meta"), strategy="fsdp", val_interval_epochs=0, max_steps=1)
+found["meta"] = {name: whole(value) for name, value in made.state_dict().items()}
+found["name"] = type(made).__qualname__, type(made).__module__
+torch.save(found, f"others-{rank}.pt")
+mistakes = {}
+
+def attempt(name, module, strategy, checkpoints=False, **more):
+    try:
+        arguments = module.case.arguments(strategy=strategy, **more)
+        folder = f"bad-{name}-{rank if strategy == 'single' else 0}"
+        Trainer(module, arguments, sinks=[], checkpoints=checkpoints, run_dir=folder).train()
+    except Exception as error:
+        mistakes[name] = [type(error).__name__, str(error)]
+
+attempt("units", Classifier(Case(rows=16)), Fsdp(units=["Linear", "Block"]))
+attempt("copies", Classifier(Case(rows=16)), Fsdp(replicate=3))
+attempt("manual", Classifier(Case(rows=16, manual=True, micro=16)), "fsdp")
+attempt("checkpoints", Classifier(Case(rows=16)), strategy, True)
+attempt("other", made, "single")
+attempt("none", Classifier(Case(rows=16, leaves=99)), strategy)
+Path(f"mistakes-{rank}.json").write_text(json.dumps(mistakes))
+"""
+
+
+@pytest.mark.timeout(150)
+def test_averages_statistics_and_skips_are_those_of_the_whole_model(ranks: StartRanks, tmp_path: Path) -> None:
+    """Also a module on the meta device, an evaluation after training, and mistakes."""
+    started = ranks(OTHERS)
+    alone = observed(Classifier(Case(rows=60, clips=True)), tmp_path / "alone", strategy="single")
+    skips = train(Infinite(Case(rows=60)), tmp_path / "alone-skips", strategy="single", non_finite="skip")
+    started.end().check("stagecast: ")
+    statistics = [
+        {
+            name: value
+            for event in read_journal(folder)
+            if isinstance(event, MetricsLogged)
+            for name, value in event.metrics.items()
+            if "norm" in name
+        }
+        for folder in (tmp_path / "alone", tmp_path / "observed")
+    ]
+    assert statistics[0]["grad_norm_total"] > 0
+    assert statistics[1] == pytest.approx(statistics[0], rel=1e-9)
+    counts = [
+        [event.counts for event in read_journal(folder) if isinstance(event, HistogramLogged)]
+        for folder in (tmp_path / "alone", tmp_path / "observed")
+    ]
+    assert counts[0] == counts[1] != []
+    both = [torch.load(tmp_path / f"others-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    for found in both:
+        assert (found["observed"]["weights"] - alone["weights"]).abs().max() < 1e-12
+        assert torch.allclose(found["observed"]["tested"], alone["tested"], rtol=1e-12)
+        check_same(skips, found["skips"], "skips")
+        assert found["name"] == ("Stacked", "support.sharded")
+        for name, value in found["meta"].items():
+            assert torch.equal(value, both[0]["meta"][name])
+            assert value.isfinite().all()
+        first, second = (found["meta"][f"blocks.{number}.weight"] for number in (0, 1))
+        assert not torch.equal(first, second)
+        assert not torch.equal(first[:6], first[6:])  # the parts of the ranks are not drawn alike
+    assert skips["steps"] < 8
+    for rank in (0, 1):
+        mistakes = json.loads((tmp_path / f"mistakes-{rank}.json").read_text())
+        for name, kind, says in (
+            ("units", "ArgumentsError", "names Block, which Classifier does not contain"),
+            ("copies", "ArgumentsError", "Fsdp(replicate=3) does not divide the 2 ranks; set it to one of 1, 2"),
+            ("manual", "ArgumentsError", "has manual_optimization; set strategy='ddp'"),
+            ("checkpoints", "ArgumentsError", "set checkpoints=False"),
+            ("none", "StepOutputError", "returned None, but with strategy='fsdp' all ranks compute gradients"),
+        ):
+            assert mistakes[name][0] in (kind, "PeerFailed"), mistakes
+            assert says in mistakes[name][1]
+        assert "is divided among ranks; set strategy='fsdp'" in mistakes["other"][1]
