@@ -26,6 +26,7 @@ from events.messages import (
     ObserverFailed,
     ObserverRecovered,
     ObserversReported,
+    RankReported,
     RunEnded,
     RunStarted,
     StepSkipped,
@@ -33,6 +34,7 @@ from events.messages import (
     ValEpochEnded,
     WarningLogged,
 )
+from events.ranks import RankTable
 from events.text import plain_text
 
 _MAX_OBSERVERS = 128
@@ -84,6 +86,7 @@ class Health:
             CheckpointSaved: self._checkpoint_saved,
             CheckpointUploaded: self._checkpoint_uploaded,
             CheckpointRejected: self._checkpoint_rejected,
+            RankReported: lambda event: self.ranks.add(event),
             RunStarted: lambda event: None,  # a new attempt begins healthy
             RunEnded: self._run_ended,
         }
@@ -95,6 +98,7 @@ class Health:
         self.failure: str | None = None
         """How the run failed, the first of `problems`; None if it has not."""
         self._ended = False
+        self.ranks = RankTable()
         self.observers: dict[str, ObserverState] = {}
         self._failed: dict[str, ObserverFailed] = {}  # the last failure of each that has not recovered
         self._counted: dict[str, dict[str, _Occurrences]] = {kind: {} for kind in _SENTENCES}
@@ -129,6 +133,7 @@ class Health:
             if name != _STREAM:
                 found += [f"{name} {what}" for what in self._observer_problems(observer)]
         found += [*self._checkpoints.values(), *self._rejected.values()]
+        found += self.ranks.problems
         if self._lost:
             found.append(f"the journal lacks {_many(self._lost, 'event')}: {self._gap}")
         found += self._errors

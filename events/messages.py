@@ -658,6 +658,36 @@ class LedgerReported(Event, frozen=True, gc=False, tag=True):
     ledger: StallLedger
 
 
+class RankReported(Event, frozen=True, gc=False, tag=True):
+    """The state of one rank, every few seconds. Means are over the steps since its report before.
+
+    All ranks take equally long for a step, because each waits for the slowest when gradients are exchanged. The
+    slowest is the one with the longest ``before_exchange_s``.
+    """
+
+    droppable: ClassVar[bool] = True
+
+    reported_rank: Count
+    ranks: Count
+    """Number of ranks of the run."""
+    host: str
+    phase: str
+    """What its loop was doing: the name of a method or hook, or a few words."""
+    steps: Count
+    """Optimizer steps since the report before."""
+    step_s: float | None
+    """Mean wall time per step; None without steps."""
+    before_exchange_s: float | None
+    """Mean seconds of the loop per step for data, hooks, forward passes and all backward passes but the last, in which
+    the gradients are exchanged. None if no step was measured."""
+    ledger: StallLedger
+    """Since the report before; ``compute_s`` includes contention."""
+    memory_bytes: Count | None
+    """Resident memory of its process; None where the system does not show it."""
+    device_memory_bytes: Count | None
+    """Memory that its process has reserved on its device; None on the CPU."""
+
+
 # ------------------------------------------------------------------------------------------------ commands
 
 
@@ -722,6 +752,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     WeightsSaved,
     CheckpointRejected,
     LedgerReported,
+    RankReported,
     CommandTaken,
 )
 """Every type that a run publishes. `UnknownEvent` is only decoded."""

@@ -38,6 +38,7 @@ from events.messages import (
     ValEpochStarted,
     ValStepEnded,
 )
+from events.ranks import RankState
 from events.run.pace import Pace
 from events.run.summary import CheckpointState, EvaluationProgress, Summary, UploadState
 
@@ -116,6 +117,11 @@ class RunState(msgspec.Struct, dict=True):
     def observers(self) -> dict[str, ObserverState]:
         """The observers of the attempt, by name."""
         return self.health.observers
+
+    @property
+    def ranks(self) -> dict[int, RankState]:
+        """The ranks of the attempt, by number; empty for a single process."""
+        return self.health.ranks.ranks
 
     @property
     def has_ended(self) -> bool:

@@ -26,6 +26,7 @@ from events.messages import (
     ObserverRecovered,
     ObserverSlow,
     RankEnded,
+    RankReported,
     RunEnded,
     RunResumed,
     RunStarted,
@@ -50,6 +51,8 @@ _MOST_TRACEBACK = 30
 """Maximum lines per traceback."""
 _MOST_OPERATORS = 10
 """Maximum operators per trace."""
+_MOST_RANKS = 4
+"""Maximum ranks per report that get a line."""
 _MOST_REPEATS = 256
 """Maximum kinds of lines that are counted, because names are untrusted text."""
 
@@ -74,6 +77,7 @@ class Chronicle:
             RunResumed: self._run_resumed,
             RunEnded: self._run_ended,
             RankEnded: _rank_ended,
+            RankReported: self._rank_reported,
             TrainStepEnded: self._results.train_step_ended,
             ValEpochEnded: self._results.val_epoch_ended,
             TestEpochEnded: self._results.test_epoch_ended,
@@ -202,6 +206,16 @@ class Chronicle:
         known = {"pause": "paused", "resume": "resumed", "stop": "stopping", "checkpoint": "checkpoint requested"}
         text = f"{known.get(e.command, plain_text(e.command, 40))} at step {e.global_step:,}"
         return [_line(e, "note", f"{text}: {plain_text(e.reason)}" if e.reason else text)]
+
+    def _rank_reported(self, e: RankReported) -> Iterable[Line]:
+        slow = self._state.health.ranks.newly_slow
+        lines: list[Line] = []
+        for one in slow[:_MOST_RANKS]:
+            text = f"warning: {plain_text(one.sentence)}"
+            lines += self._sparsely(e, "slow ranks", "warn", text, part=one.rank)
+        if len(slow) > _MOST_RANKS:
+            lines.append(_line(e, "warn", f"warning: {len(slow) - _MOST_RANKS:,} more ranks hold up the others"))
+        return lines
 
     # ------------------------------------------------------------------------------------- checkpoints
 

@@ -19,12 +19,14 @@ from events.messages import (
     ImageLogged,
     MetricsLogged,
     ObserversReported,
+    RankReported,
     RunEnded,
     RunResumed,
     TextLogged,
     WarningLogged,
 )
 from events.metrics import metric_name
+from events.ranks import RankState
 from events.run.state import RunState
 from events.run.summary import CheckpointState
 from sinks.console.lines import Chronicle
@@ -89,6 +91,7 @@ class Changes(msgspec.Struct):
     log: list[LogEntry] = []
     checkpoints: dict[str, CheckpointState] = {}
     observers: dict[str, ObserverState] = {}
+    ranks: dict[int, RankState] = {}
     media: list[MediaEntry] = []
     histograms: dict[str, list[HistogramStep]] = {}
     count: int = 0
@@ -98,7 +101,7 @@ class Changes(msgspec.Struct):
         """Return the members that are not empty, as a frame holds them."""
         found = msgspec.structs.asdict(self)
         del found["count"]
-        found |= {name: list(found[name].values()) for name in ("checkpoints", "observers")}
+        found |= {name: list(found[name].values()) for name in ("checkpoints", "observers", "ranks")}
         return {name: value for name, value in found.items() if value}
 
 
@@ -201,6 +204,7 @@ class RunView(RunState, dict=True):
             "log": self.log,
             "checkpoints": list(self.checkpoints.values()),
             "observers": list(self.observers.values()),
+            "ranks": list(self.ranks.values()),
             "media": self.media,
             "histograms": self.histograms,
         }
@@ -242,6 +246,10 @@ class RunView(RunState, dict=True):
             changes.checkpoints[checkpoint.name] = checkpoint
         if isinstance(event, RunResumed):  # it supersedes some of them
             changes.checkpoints.update(self.checkpoints)
+        if isinstance(event, RankReported):  # the last one of a round may mark others
+            is_last = event.reported_rank == event.ranks - 1
+            numbers = list(self.ranks) if is_last else [event.reported_rank]
+            changes.ranks.update({number: self.ranks[number] for number in numbers if number in self.ranks})
         named = event.observers if type(event) is ObserversReported else [event]
         for one in named:
             observer = self.observers.get(getattr(one, "observer", ""))

@@ -44,6 +44,7 @@ DROPPABLE = {
     "ImageLogged",
     "TextLogged",
     "SystemSampled",
+    "RankReported",
     "ObserversReported",
     "NonFiniteLoss",
     "NonFiniteGradient",
@@ -82,6 +83,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "LedgerReported": ("run", StallLedger()),
     "CommandTaken": ("stop", "id"),
     "RankEnded": (1, 1, "host", "failed"),
+    "RankReported": (0, 2, "host", "train_step", 1, 0.1, 0.1, StallLedger(), 1, None),
 }
 
 

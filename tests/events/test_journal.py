@@ -58,6 +58,7 @@ from events.messages import (
     ObserverSlow,
     ObserversReported,
     RankEnded,
+    RankReported,
     RunEnded,
     RunResumed,
     RunStarted,
@@ -1153,7 +1154,7 @@ def test_every_event_type_is_bound_to_a_step_or_not() -> None:
             ObserverDropped,
             ObserverSlow,
         ),
-        *(LoopHeld, JournalGap, CommandTaken, SystemSampled, ObserversReported, WarningLogged),
+        *(LoopHeld, JournalGap, CommandTaken, SystemSampled, RankReported, ObserversReported, WarningLogged),
         # They tell of what is on the disk, which no later attempt undoes.
         *(CheckpointStaged, CheckpointSkipped, CheckpointSaved, CheckpointFailed, CheckpointRejected, WeightsSaved),
         *(CheckpointUploading, CheckpointUploaded, CheckpointDeleted, TraceSaved),

@@ -59,6 +59,7 @@ class FakeRun:
         self.log: list[dict[str, Any]] = []
         self.checkpoints: dict[str, dict[str, Any]] = {}
         self.observers: dict[str, dict[str, Any]] = {}
+        self.ranks: list[dict[str, Any]] = []
         self.media: list[dict[str, Any]] = []
         self.histograms: dict[str, list[dict[str, Any]]] = {}
         self.extra = extra or []
@@ -214,7 +215,7 @@ class FakeRun:
         frame["log"].append(self.line("CheckpointSaved", f"checkpoint {name} is durable (1.3 GiB in 2.3 s)"))
 
     def furnish(self) -> None:
-        """Add observers, images, texts, histograms, and a failed checkpoint."""
+        """Add observers, ranks, images, texts, histograms, and a failed checkpoint."""
         step = self.run["global_step"]
         for name, state, queued, lag, dropped, error in (
             ("console", "ok", 0, 0.004, 0, None),
@@ -225,6 +226,10 @@ class FakeRun:
         ):
             row = {"name": name, "state": state, "queued": queued, "lag_s": lag, "dropped": dropped, "conflated": 0}
             self.observers[name] = row | {"failures": 0 if error is None else 3, "error": error}
+        for rank, before_s in enumerate((0.021, 0.020, 0.093, 0.022)):
+            row = {"rank": rank, "host": f"node-{rank // 2}", "phase": "backward", "step_s": 0.12, "data_s": 0.002}
+            row |= {"before_exchange_s": before_s, "is_slow": rank == 2, "memory_bytes": 3 * 2**30}
+            self.ranks.append(row | {"device_memory_bytes": 61 * 2**30})
         for at in range(3):
             self.media.append(
                 {"name": "samples", "kind": "image", "global_step": max(0, step - 1000 * (2 - at)), "path": f"{at}.png"}
@@ -271,6 +276,7 @@ class FakeRun:
             "log": self.log,
             "checkpoints": list(self.checkpoints.values()),
             "observers": list(self.observers.values()),
+            "ranks": self.ranks,
             "media": self.media,
             "histograms": self.histograms,
         }

@@ -547,11 +547,12 @@ def test_foreign_text_is_shown_as_text_in_every_place(show: Show) -> None:
     for one in run.checkpoints.values():
         one |= {"name": EVIL + one["name"], "reasons": [EVIL], "error": EVIL}
     run.media[-1] |= {"name": EVIL, "text": EVIL}
+    run.ranks[0] |= {"host": EVIL, "phase": EVIL}
     run.histograms[EVIL] = run.histograms["weights/head"]
     run.line("X", EVIL, "error")
     page = show(run)
     expect(page.locator("#metrics h3").get_by_text(EVIL, exact=True)).to_be_visible()
-    for part in ("#place", "#observers", "#checkpoints", "#media", "#histograms", "#log-lines"):
+    for part in ("#place", "#observers", "#ranks", "#checkpoints", "#media", "#histograms", "#log-lines"):
         expect(page.locator(part)).to_contain_text(EVIL)
     expect(page.locator("#validation-table")).to_contain_text("val_<script>alert(1)<")  # a slash begins a key
     show.server.call(lambda: run.tell({"log": [run.line("X", f"{EVIL} again")], "points": {f"{EVIL}2": [[1], [1.0]]}}))
@@ -612,6 +613,7 @@ def test_the_page_fills_while_frames_come(show: Show) -> None:
         ("#validation-table", "hard set"),
         ("#ledger-table", "compute"),
         ("#observers", "ConnectionError"),
+        ("#ranks tr:has-text('node-1'):has-text('93 ms')", "▲holds up the others"),
     ):
         expect(page.locator(part)).to_contain_text(text)
     expect(page.locator("#system h3").get_by_text("GPU use")).to_be_visible()
@@ -625,6 +627,22 @@ def test_the_page_fills_while_frames_come(show: Show) -> None:
     expect(page.locator("#status")).to_contain_text("finished")
     expect(page.locator("#announcer")).to_have_text("The run is finished")
     expect(page.locator("#commands")).to_be_hidden()
+
+
+def test_the_slowest_of_many_ranks_are_shown_and_another_attempt_has_its_own(show: Show) -> None:
+    run = a_run()
+    first = run.ranks[0]
+    run.ranks = [first | {"rank": rank, "before_exchange_s": 0.02 + 0.0001 * rank} for rank in range(40)]
+    page = show(run)
+    rows = page.locator("#ranks tbody tr")
+    expect(rows).to_have_count(32)
+    expect(rows.first).to_contain_text("slowest")
+    expect(page.locator("#ranks-count")).to_have_text("the slowest 32 of 40")
+    show.server.call(lambda: run.tell({"run": {"attempt": 2}, "ranks": [first]}))
+    expect(rows).to_have_count(1)
+    expect(rows.first).not_to_contain_text("slowest")
+    show.server.call(lambda: run.tell({"run": {"attempt": 3}}))
+    expect(page.locator("#ranks-section")).to_be_hidden()
 
 
 def test_commands_are_sent_and_a_stop_needs_confirmation(show: Show) -> None:

@@ -25,7 +25,9 @@ from events.messages import (
     ObserverDropped,
     ObserverFailed,
     ObserverRecovered,
+    RankReported,
     RunEnded,
+    StallLedger,
     TextLogged,
     TrainEpochEnded,
     UnknownEvent,
@@ -48,7 +50,12 @@ def view_of(*events: Any, changes: Changes | None = None) -> RunView:
 
 
 def shown(view: RunView) -> dict[str, Any]:
-    found: dict[str, Any] = msgspec.json.decode(encode(view.snapshot()))
+    return decoded(view.snapshot())
+
+
+def decoded(message: dict[str, object]) -> dict[str, Any]:
+    """Return a message as a client receives it."""
+    found: dict[str, Any] = msgspec.json.decode(encode(message))
     return found
 
 
@@ -120,6 +127,28 @@ def test_the_states_of_an_observer(story: Story) -> None:
     assert (one.state, one.failures, one.dropped, one.conflated) == ("ok", 1, 3, 2)
     view.add([story(ObserverFailed, observer="s", error="E2", action="fatal")])
     assert (view.observers["s"].state, view.observers["s"].error) == ("disabled", "E2")
+
+
+def test_the_ranks_and_those_that_a_round_marks_are_in_the_frames(story: Story) -> None:
+    def a_round(*before_s: float) -> list[Any]:
+        named = {"ranks": len(before_s), "host": "h", "phase": "data", "steps": 1, "step_s": 1.0}
+        rest = {"ledger": StallLedger(data_s=0.1), "memory_bytes": 5, "device_memory_bytes": None}
+        return [
+            story(RankReported, reported_rank=rank, before_exchange_s=seconds, **named, **rest)
+            for rank, seconds in enumerate(before_s)
+        ]
+
+    view = view_of(*a_round(0.1, 0.8, 0.1))
+    changes = Changes()
+    view.add(a_round(0.1, 0.8, 0.1)[:1], changes)
+    assert [one["rank"] for one in decoded(changes.members())["ranks"]] == [0]
+    changes = Changes()
+    view.add(a_round(0.1, 0.8, 0.1)[1:], changes)
+    rows = decoded(changes.members())["ranks"]
+    assert [(one["rank"], one["is_slow"]) for one in rows] == [(1, True), (0, False), (2, False)]
+    assert rows[0]["data_s"] == 0.1
+    assert [one["rank"] for one in shown(view)["ranks"]] == [0, 1, 2]
+    assert changes.log[-1].text.startswith("warning: rank 1 on h holds up the others")
 
 
 def test_a_pause_media_and_the_end_are_shown(story: Story) -> None:

@@ -17,8 +17,10 @@ from events.messages import (
     CheckpointUploaded,
     OperatorTime,
     RankEnded,
+    RankReported,
     RunEnded,
     RunResumed,
+    StallLedger,
     TraceSaved,
     TrainEpochEnded,
     TrainEpochStarted,
@@ -174,6 +176,32 @@ def test_checkpoints_are_told_of(stderr: Any, story: Any) -> None:
     ):
         assert expected in text
     assert "step-70.a2 (steps)" not in text
+
+
+def test_ranks_that_hold_up_the_others_have_a_line_once_and_one_at_the_end(stderr: Any, story: Any) -> None:
+    output = stderr(io.StringIO())
+    fields = {"ranks": 16, "host": "h", "phase": "backward", "steps": 1, "step_s": 1.0, "memory_bytes": None}
+    fields["device_memory_bytes"] = None
+    slow = [0.1] * 10 + [0.9] * 6
+    rounds = [
+        story(RankReported, reported_rank=rank, before_exchange_s=seconds, ledger=StallLedger(), **fields)
+        for _ in range(4)
+        for rank, seconds in enumerate(slow)
+    ]
+    writer = Console().open(RunInfo("demo"))
+    writer.write([story.started(), *rounds, story(RunEnded, status="finished")])
+    writer.close()
+    warnings = [line for line in output.getvalue().splitlines() if "warning: " in line]
+    assert [" ".join(line.partition("warning: ")[2].split()[: 4 if "on h" in line else 3]) for line in warnings] == [
+        "rank 10 on h",
+        "rank 11 on h",
+        "rank 12 on h",
+        "rank 13 on h",
+        "2 more ranks",
+    ]
+    assert output.getvalue().count("problem: rank") == 6
+    assert "finished at step 0" in output.getvalue()
+    assert "with 6 problems" in output.getvalue()
 
 
 def test_progress_is_a_line_now_and_then_by_the_time_of_the_events(stderr: Any, story: Any) -> None:

@@ -16,13 +16,15 @@ from typing import Any
 from events.protocol import AnyCommand
 from events.tracebacks import describe
 from trainer.distributed.agreement import Entry, Failure, LogAuthor, LogReader, look_ahead_s, poll_s
-from trainer.distributed.failure import Beat, Peers, is_of_collective, peer_failed
+from trainer.distributed.failure import Beat, Peers, RankSummary, is_of_collective, peer_failed
 from trainer.distributed.store_link import STORE_TIMEOUT_S, StoreLink, beat_s
 from trainer.errors import PeerFailed
 
 _FIRST_POLL_S = 0.005
 """Seconds until the first poll for a loop that waits; doubled for each further one."""
 _ABORT_WAIT_S = 2.0
+_DEATH_S = 0.5
+"""Seconds from the end of a process's connections to the end of the process."""
 SILENT_LOOKS = 60
 """At one in 0.25 s: longer than a poll of 4,096 ranks."""
 _HURRIED_PEER_TIMEOUT_S = 3.0
@@ -46,6 +48,7 @@ class Agent:
     Args:
         store: A `torch.distributed.Store`, that of the process group, with a prefix that no earlier attempt has used.
         now: Returns what the loop does, and its ``global_step``. Any thread.
+        summary: Returns the newest report of this rank. Any thread.
         peer_timeout_s: See `StoreLink`.
         collective_timeout_s: See `Peers`.
     """
@@ -57,6 +60,7 @@ class Agent:
         world_size: int,
         *,
         now: Callable[[], tuple[str, int]],
+        summary: Callable[[], RankSummary | None] = lambda: None,
         peer_timeout_s: float,
         collective_timeout_s: float,
     ) -> None:
@@ -69,7 +73,7 @@ class Agent:
         self._outbox: deque[Entry] = deque()  # requests
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._link = StoreLink(store, rank, world_size, peer_timeout_s, collective_timeout_s)
-        self._now = now
+        self._shown = now, summary
         self._abort: Failure | None = None
         self._abort_sent = threading.Event()
         self._failed_at_tick = False
@@ -247,7 +251,8 @@ class Agent:
                 link.await_end(self.failure.rank, _CULPRIT_WAIT_S)
         except Exception as error:  # the thread's border: the store is gone, and with it the run
             if not self._closing:
-                self._fail(Failure(self.rank, link.identity.host, _store_gone(link.address, error), *self._now()))
+                gone = Failure(self.rank, link.identity.host, _store_gone(link.address, error), *self._now())
+                self._fail(self._abort or link.find_dead(_DEATH_S) or gone)  # the rank that serves it may have died
         finally:
             self._abort_sent.set()
             link.close()
@@ -277,6 +282,7 @@ class Agent:
             link.beat(self._beat())
             failure = link.find_lost()
         if failure is not None:
+            self._abort = failure
             link.append_abort(failure)
         requests = [self._outbox.popleft() for _ in range(len(self._outbox))]
         self._read(link.read_log())
@@ -316,6 +322,11 @@ class Agent:
         self._news.put(None)
         self._abort_sent.set()
 
+    def _now(self) -> tuple[str, int]:
+        return self._shown[0]()
+
     def _beat(self, *, ended: bool = False) -> Beat:
         phase, step = self._now()
-        return Beat(time.monotonic_ns(), self._reader.segment, self.tick, phase, step, self._link.read, ended)
+        return Beat(
+            time.monotonic_ns(), self._reader.segment, self.tick, phase, step, self._link.read, ended, self._shown[1]()
+        )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from events.messages import StallLedger
 from trainer.distributed.agreement import Failure
 from trainer.errors import PeerFailed
 
@@ -50,6 +51,18 @@ class Identity(msgspec.Struct, frozen=True):
         return cls(socket.gethostname(), os.getpid(), space)
 
 
+class RankSummary(msgspec.Struct, frozen=True, array_like=True):
+    """A report of a rank. See `events.messages.RankReported`."""
+
+    number: int
+    """Rises with each report of the rank."""
+    step_s: float | None
+    before_exchange_s: float | None
+    ledger: StallLedger
+    memory_bytes: int | None
+    device_memory_bytes: int | None
+
+
 class Beat(msgspec.Struct, frozen=True, array_like=True):
     """A sign of life of a rank."""
 
@@ -63,6 +76,8 @@ class Beat(msgspec.Struct, frozen=True, array_like=True):
     """Entries of the log that the rank has read."""
     ended: bool = False
     """Whether its loop has ended; it then sends no further beat."""
+    summary: RankSummary | None = None
+    """Its newest report."""
 
     @property
     def place(self) -> tuple[int, int, str]:
@@ -101,6 +116,10 @@ class Peers:
             self._beats[rank], self._heard_s[rank] = beat, now_s
         if before is None or beat.place != before.place:
             self._moved_s = now_s
+
+    def newest(self, rank: int) -> Beat | None:
+        """Return the newest beat of a rank; None before the first. Any thread."""
+        return self._beats.get(rank)
 
     @property
     def read_by_all(self) -> int:
@@ -203,11 +222,11 @@ class LocalProcesses:
             self._ranks[descriptor] = rank
             self._poll.register(descriptor, select.POLLIN)
 
-    def take_dead(self) -> list[int]:
-        """Return the ranks whose processes have died since the last call."""
+    def take_dead(self, timeout_s: float = 0.0) -> list[int]:
+        """Return the ranks whose processes have died since the last call; wait for one until a timeout."""
         dead, self._gone = self._gone, []
         if self._poll is not None and self._ranks:
-            for descriptor, _ in self._poll.poll(0):
+            for descriptor, _ in self._poll.poll(timeout_s * 1_000):
                 self._poll.unregister(descriptor)
                 os.close(descriptor)
                 dead.append(self._ranks.pop(descriptor))

@@ -42,7 +42,9 @@ class RankStep(Step):
         one = group[0]
         self._strategy.part = one.part
         with self._attempt.recorder.unseen() if one.is_dummy else contextlib.nullcontext():
+            self._attempt.exchange.begin()
             outcome = super()._by_module(group, keep)
+            self._attempt.exchange.end()
         has_loss = outcome.loss is not None and not one.is_dummy
         weight, loss = self._strategy.mean(outcome.loss, one.part if has_loss else 0.0)
         if self._is_counted(float(weight), has_loss):  # SYNC: as in `_micro_steps`
@@ -72,7 +74,7 @@ class RankStep(Step):
                     continue
                 if (computed := self._micro_step(one, one.part, i)) is None:
                     self._optimization.gradients.release()
-                    self._strategy.backward(None, None, 0.0, last=self._last)
+                    self._pass_back(None, None, 0.0)
                 else:
                     has_loss = True
                     outputs.append(computed[1])
@@ -97,7 +99,7 @@ class RankStep(Step):
         with self._attempt.recorder.unseen():
             computed = self._micro_step(one, 0.0, number)
             if computed is None:
-                self._strategy.backward(None, None, 0.0, last=self._last)
+                self._pass_back(None, None, 0.0)
         return computed
 
     def _is_counted(self, weight: float, has_loss: bool) -> bool:
@@ -127,12 +129,25 @@ class RankStep(Step):
         detached, part = loss.detach(), part or 0.0
         if not (part or one.is_dummy or self._strategy.always_together):
             # The weight that the module gave it: its loss may be a mean over nothing.
-            self._strategy.backward(None, None, 0.0, last=self._last)
+            self._pass_back(None, None, 0.0)
             return torch.zeros_like(detached)
         # A dummy has a backward pass, because the module's own code may exchange gradients in it.
         share = loss
         if part != 1:
             share = loss * part if part else torch.where(loss.isfinite(), loss, 0.0) * 0.0
         scaled = share if self._attempt.precision.scaler is None else self._attempt.precision.scale(share)
-        self._strategy.backward(scaled.reshape(()) if scaled.dim() else scaled, detached, part, last=self._last)
+        self._pass_back(scaled.reshape(()) if scaled.dim() else scaled, detached, part)
         return share.detach()
+
+    def _pass_back(self, scaled: torch.Tensor | None, loss: torch.Tensor | None, part: float) -> None:
+        """The backward pass of a micro-batch. WAIT: in that of the last one, for all ranks."""
+        if self._last:
+            self._attempt.exchange.begin()
+        self._strategy.backward(scaled, loss, part, last=self._last)
+        if self._last:
+            self._attempt.exchange.end()
+
+    def release(self) -> None:
+        """Release the graph of the last step; a validation or the end of an epoch follows."""
+        super().release()
+        self._attempt.exchange.forget()

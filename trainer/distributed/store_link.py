@@ -9,6 +9,7 @@ A key is only read once it exists, so that no call waits. Entries that all ranks
 
 from __future__ import annotations
 
+import contextlib
 import time
 from datetime import timedelta
 from typing import Any
@@ -168,12 +169,13 @@ class StoreLink:
             self._store.delete_key(f"log/{number}")
             self._deleted = number + 1
 
-    def find_dead(self) -> Failure | None:
-        """Return the failure of a rank on this host whose process has died."""
+    def find_dead(self, timeout_s: float = 0.0) -> Failure | None:
+        """Return the failure of a rank on this host whose process has died; wait for one until a timeout."""
         peers = self.peers
-        for rank in self._processes.take_dead() if self._processes is not None else ():
+        for rank in self._processes.take_dead(timeout_s) if self._processes is not None else ():
             assert peers is not None
-            self._hear([rank], time.monotonic())
+            with contextlib.suppress(RuntimeError):  # the store may be gone with it
+                self._hear([rank], time.monotonic())
             if not peers.has_ended(rank):
                 return peers.died(rank, f"its process {peers.identities[rank].pid} has died")
         return None

@@ -17,6 +17,7 @@ from events.sink import RunInfo
 from events.tracebacks import describe
 from trainer.arguments import TrainerArguments
 from trainer.checkpoint.resume import CheckpointPlan
+from trainer.distributed.exchange import ExchangeClock
 from trainer.distributed.strategy import Strategy
 from trainer.distributed.world import SINGLE, World
 from trainer.hooks.hooks import CallbackHooks, HookTable, TaskName
@@ -59,6 +60,7 @@ class Attempt:
     def __post_init__(self) -> None:
         self.origin: Origin = self.ring.origin
         self.ledger = Ledger(self.device, self.ring.cpu_time.read_ns)
+        self.exchange = ExchangeClock(self.ledger)
         self.averaging = Averaging(self.hooks.callbacks, self.fail_hook)
         self.batching = self.arguments.of_rank(self.world.data_size)
         """The arguments with the batch sizes of one rank."""

@@ -29,6 +29,8 @@ _ROWS: tuple[Row, ...] = (
     "other",
 )
 
+_WORKING = frozenset({"compute", "contention", "data", "inline", "publish", "other"})
+
 
 class Ledger:
     """A stopwatch over rows: each nanosecond of the loop belongs to exactly one.
@@ -106,7 +108,24 @@ class Ledger:
         """The rows since the last call."""
         total, before = self.total(), self._base
         self._base = total
-        return _difference(total, before)
+        return difference(total, before)
+
+    def glance(self) -> StallLedger:
+        """The rows since `start`, to within microseconds, with contention not yet estimated. Any thread."""
+        while True:
+            since, row, spent = self.since, self.row, dict(self._spent)
+            if self.since == since:  # else the loop has switched rows meanwhile
+                break
+        spent[row] += clock() - since
+        rows: dict[str, Any] = {f"{row}_s": ns / 1e9 for row, ns in spent.items()}
+        return StallLedger(wall_s=sum(spent.values()) / 1e9, steps=self.steps, **rows)
+
+    def working_ns(self) -> int:
+        """Return the time so far in which the loop did not wait for hooks, numbers or room. The loop's thread."""
+        spent = self._spent  # written out: it is called in each step
+        done = spent["compute"] + spent["contention"] + spent["data"] + spent["inline"] + spent["publish"]
+        done += spent["other"]
+        return done + clock() - self.since if self.row in _WORKING else done
 
     def total(self) -> StallLedger:
         """The rows since `start`."""
@@ -122,7 +141,7 @@ class Ledger:
         return StallLedger(wall_s=sum(self._spent.values()) / 1e9, device_idle_s=idle_s, steps=self.steps, **rows)
 
 
-def _difference(total: StallLedger, before: StallLedger) -> StallLedger:
+def difference(total: StallLedger, before: StallLedger) -> StallLedger:
     fields = {
         name: value - (getattr(before, name) or 0)
         for name in total.__struct_fields__

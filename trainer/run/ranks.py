@@ -11,6 +11,7 @@ from events.protocol import RunResult
 from trainer.distributed.agent import Agent
 from trainer.distributed.ending import RankEnd, exit_now
 from trainer.distributed.failure import peer_failed
+from trainer.distributed.summary import RankReports
 from trainer.errors import PeerFailed
 from trainer.loop.attempt import Attempt
 from trainer.run.loop_thread import LoopThread
@@ -38,11 +39,13 @@ class RankSession:
         self.lost: PeerFailed | None = None
         self._attempt, self._loop, self._run_dir = attempt, loop, run_dir
         world, origin, arguments = attempt.world, attempt.origin, attempt.arguments
+        self._reports = reports = RankReports(attempt.ledger, attempt.exchange, attempt.device, world.size)
         self._agent = Agent(
             world.prefixed(f"agreement/{origin.run_id}/{origin.attempt}"),
             world.rank,
             world.size,
             now=lambda: (attempt.phase, origin.global_step),
+            summary=lambda: reports.newest,
             peer_timeout_s=arguments.peer_timeout_s,
             collective_timeout_s=arguments.collective_timeout_s,
         )
@@ -61,6 +64,7 @@ class RankSession:
 
             async def lose() -> None:
                 while self._agent.failure is None:  # its thread knows no event loop
+                    self._report()
                     await anyio.sleep(_LOOK_S)
                     self._agent.watch_store()
                 self._attempt.ring.release()
@@ -72,6 +76,14 @@ class RankSession:
             tasks.start_soon(lose)
             await wait()
             tasks.cancel_scope.cancel()
+
+    def _report(self) -> None:
+        """Summarise this rank; on rank 0, publish the summaries of all."""
+        self._reports.look()
+        world, peers = self._attempt.world, self._agent.peers
+        if world.leads and peers is not None:
+            for event in self._reports.events(peers, self._attempt.origin):
+                self._attempt.ring.publish(event)
 
     def leave_end(self, result: RunResult) -> None:
         """Leave for the next attempt how this rank has ended. Waits for the disk."""

@@ -8,7 +8,7 @@ import { announce, contained, setAttribute, setText } from "./dom.js";
 import { writeFigures } from "./figures.js";
 import { count, duration } from "./format.js";
 import { fillHistograms, fillMedia } from "./media.js";
-import { Checkpoints, fillAbout, fillObservers, fillProblems, Log } from "./panels.js";
+import { Checkpoints, fillAbout, fillObservers, fillProblems, fillRanks, Log } from "./panels.js";
 import { fillCompared, RunList, statusOf } from "./runs.js";
 import { Sections } from "./sections.js";
 import { RunStore } from "./store.js";
@@ -185,7 +185,7 @@ class App {
       this.lastFocus = focus;
       this.lastState = null;
       this.isRearranged = true;
-      for (const part of ["run", "log", "checkpoints", "observers", "media", "histograms", "arguments", "points"])
+      for (const part of ["run", "log", "checkpoints", "observers", "ranks", "media", "histograms", "arguments", "points"])
         focus?.store.touched.add(part);
     }
     showControls(this);
@@ -313,6 +313,7 @@ class App {
     const parts = {
       checkpoints: () => this.checkpoints.fill(store),
       observers: () => fillObservers(store),
+      ranks: () => fillRanks(store),
       media: () => fillMedia(store),
       histograms: () => fillHistograms(store),
       log: () => this.log.fill(store),

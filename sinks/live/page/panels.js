@@ -1,14 +1,16 @@
-/** Tables: observers, problems, checkpoints, the log, arguments and versions. */
+/** Tables: ranks, observers, problems, checkpoints, the log, arguments and versions. */
 
 import { toast } from "./controls.js";
 import { el, reconcile, setText, svg, table } from "./dom.js";
 import { bytes, count, duration, isTime, moment, NONE, number, timeOfDay } from "./format.js";
 
 const FIRST_CHECKPOINTS = 12;
+const MOST_RANKS = 32;
 const GLYPHS = new Map([
   ["ok", "●"],
   ["failing", "▲"],
   ["disabled", "✕"],
+  ["slow", "▲"],
   ["staged", "◌"],
   ["durable", "●"],
   ["failed", "✕"],
@@ -56,6 +58,47 @@ export function fillObservers(store) {
   const made = table("Sinks and observers", heads, rows, { hideCaption: true });
   for (const cell of made.querySelectorAll("tbody td:last-child")) cell.className = "wide";
   byId("observers").replaceChildren(made);
+}
+
+// ------------------------------------------------------------------------------------------------------- ranks
+
+/** The ranks of the run; of many the slowest. */
+export function fillRanks(store) {
+  const all = [...store.ranks.values()].sort((a, b) => a.rank - b.rank);
+  byId("ranks-section").hidden = !all.length;
+  const bySlowness = [...all].sort((a, b) => (b.before_exchange_s ?? -1) - (a.before_exchange_s ?? -1));
+  const slowest = all.length > 1 && Number.isFinite(bySlowness[0].before_exchange_s) ? bySlowness[0] : null;
+  const shown = all.length > MOST_RANKS ? bySlowness.slice(0, MOST_RANKS) : all;
+  setText(byId("ranks-count"), all.length > shown.length ? `the slowest ${MOST_RANKS} of ${count(all.length)}` : "");
+  const markOf = (one) => {
+    if (one.is_slow) return stateMark("slow", "holds up the others");
+    return one === slowest ? "slowest" : "";
+  };
+  const right = (head) => ({ head, number: true });
+  const onDevice = shown.some((one) => Number.isFinite(one.device_memory_bytes));
+  const heads = [
+    right("Rank"),
+    { head: "Host" },
+    { head: "Phase" },
+    right("Step"),
+    right("Before exchange"),
+    right("Waiting for data"),
+    right("Memory"),
+    ...(onDevice ? [right("Device memory")] : []),
+    { head: "" },
+  ];
+  const rows = shown.map((one) => [
+    count(one.rank),
+    one.host,
+    one.phase,
+    duration(one.step_s),
+    duration(one.before_exchange_s),
+    duration(one.data_s),
+    bytes(one.memory_bytes),
+    ...(onDevice ? [bytes(one.device_memory_bytes)] : []),
+    markOf(one),
+  ]);
+  byId("ranks").replaceChildren(table("Ranks", heads, rows, { hideCaption: true }));
 }
 
 // ---------------------------------------------------------------------------------------------------- problems

@@ -8,6 +8,7 @@ const MOST_SERIES = 2000;
 export const MOST_LINES = 1000;
 const MOST_CHECKPOINTS = 1000;
 const MOST_OBSERVERS = 200;
+const MOST_RANKS = 4096;
 const MOST_MEDIA = 200;
 const MOST_HISTOGRAMS = 200;
 const MOST_OF_A_HISTOGRAM = 50;
@@ -159,6 +160,7 @@ export class RunStore {
     this.lines = 0; // total entries of the log, for incremental drawing
     this.checkpoints = new Map();
     this.observers = new Map();
+    this.ranks = new Map();
     this.media = [];
     this.histograms = new Map();
     this.arguments = {};
@@ -189,7 +191,7 @@ export class RunStore {
     this.#take(data);
     this.isLoaded = true;
     this.generation += 1;
-    for (const part of ["run", "names", "log", "checkpoints", "observers", "media", "histograms", "arguments"]) {
+    for (const part of ["run", "names", "log", "checkpoints", "observers", "ranks", "media", "histograms", "arguments"]) {
       this.touched.add(part);
     }
   }
@@ -198,6 +200,10 @@ export class RunStore {
     if (typeof data.cursor === "number") this.cursor = data.cursor;
     if (typeof data.time === "number") [this.frameTime, this.frameAt] = [data.time, performance.now()];
     if (data.run) {
+      if ((data.run.attempt ?? this.run.attempt) !== this.run.attempt) {
+        this.ranks.clear(); // another attempt may have fewer
+        this.touched.add("ranks");
+      }
       for (const [name, value] of Object.entries(data.run)) if (FIELDS.has(name)) this.run[name] = value;
       this.touched.add("run");
     }
@@ -231,6 +237,7 @@ export class RunStore {
     }
     this.#put(this.checkpoints, data.checkpoints, MOST_CHECKPOINTS, "checkpoints");
     this.#put(this.observers, data.observers, MOST_OBSERVERS, "observers");
+    this.#put(this.ranks, data.ranks, MOST_RANKS, "ranks", "rank");
     if (data.media?.length) {
       this.media.push(...data.media);
       this.media.splice(0, Math.max(0, this.media.length - MOST_MEDIA));
@@ -243,10 +250,10 @@ export class RunStore {
     }
   }
 
-  #put(into, rows, most, part) {
+  #put(into, rows, most, part, key = "name") {
     if (!rows?.length) return;
     for (const row of rows) {
-      into.set(row.name, row);
+      into.set(row[key], row);
       while (into.size > most) into.delete(into.keys().next().value);
     }
     this.touched.add(part);
