@@ -120,6 +120,11 @@ class Child(Generic[T]):
         """The process id; None once the child has died and was reaped."""
         return None if self._reaped else self._popen.pid
 
+    @property
+    def is_overdue(self) -> bool:
+        """Whether its deadline has passed, so that it was ended from here."""
+        return self._terminated
+
     def send(self, message: msgspec.Struct) -> None:
         """Send a message; what the channel has no room for is sent later. Signal handlers may call this."""
         self._queued.append(_frame(message))

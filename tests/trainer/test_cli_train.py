@@ -372,6 +372,28 @@ def test_a_signal_stops_the_run_cleanly_and_sets_the_exit_code(folder: Path, num
     assert re.search(r"^checkpoint: .*step-\d+\.a1$", out, re.M)
 
 
+def test_several_processes_train_one_run_and_print_its_result_once(stagecast: Stagecast, folder: Path) -> None:
+    file = write(folder, "module: {factory: 'jobs.line:build', width: 1}\nsinks: []\nrun_dir: run\nrun_id: line\n")
+    for word, says in (
+        ("0", "'0' is not an integer >= 1"),
+        ("two", "'two' is not an integer >= 1"),
+    ):
+        code, _, err = stagecast("train", file, "--processes", word)
+        assert (code, says in err) == (2, True)
+    code, _, err = stagecast("train", file, "--processes", "2", "arguments.strategy=single")
+    assert code == 2
+    assert "arguments.strategy: 'single' trains in each of the 2 processes for itself; set it to 'auto'" in err
+    unused = ["arguments.strategy={type: ddp, find_unused_parameters: true}", "arguments.device=cpu"]
+    short = ["arguments.epochs=2", "arguments.train_batch_size=8"]
+    code, out, err = run_process("train", file, "--processes", "2", *unused, *short)
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "finished after 8 steps",
+        f"run folder: {folder}/run",
+        f"checkpoint: {folder}/run/checkpoints/step-8.a1",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------- the help
 
 

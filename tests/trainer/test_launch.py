@@ -44,9 +44,9 @@ from events.run.stream import JournalEventStream
 from events.wire import encode_json_lines
 from trainer import Trainer
 from trainer.errors import ArgumentsError, LaunchedRunCrashed, LaunchedRunFailed
-from trainer.remote import launch as launcher
 from trainer.remote.child import Cancelling, Ended, Failed, LaunchConfig, Ready, build, from_run
 from trainer.remote.launch import LaunchedRun, launch
+from trainer.remote.launch_arguments import absolute
 from trainer.remote.launch_report import error_of
 
 JOBS = Path(__file__).parent / "launched"
@@ -140,10 +140,10 @@ def test_launch_or_the_factory_names_the_run_to_resume(monkeypatch: pytest.Monke
 def test_only_paths_to_resume_from_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for resume in ("auto", "best", "s3://bucket/run", "step-5.a1"):
-        assert launcher._absolute(resume) == resume
+        assert absolute(resume) == resume
     (tmp_path / "step-6.a1").mkdir()
-    assert launcher._absolute("step-6.a1") == str(tmp_path / "step-6.a1")
-    assert launcher._absolute("runs/x") == str(tmp_path / "runs/x")
+    assert absolute("step-6.a1") == str(tmp_path / "step-6.a1")
+    assert absolute("runs/x") == str(tmp_path / "runs/x")
 
 
 def test_invalid_options_are_refused() -> None:
@@ -321,7 +321,7 @@ def test_a_service_that_launches_needs_no_torch(script: Any) -> None:
 @pytest.mark.anyio
 async def test_a_signal_to_the_process_alone_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a checkpoint. A thread that hangs at the end of the interpreter delays the end of the block only briefly."""
-    monkeypatch.setattr(launcher, "EXIT_S", 0.3)
+    monkeypatch.setattr("trainer.remote.launch.EXIT_S", 0.3)
     arguments = {"epochs": FOREVER, "deed": "linger", "at": 2, "step_s": 0.001}
     async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run") as run:
         os.kill(await pid_of(run), signal.SIGTERM)
@@ -359,7 +359,7 @@ async def test_a_cancelled_process_that_keeps_no_deadline_is_killed(deaf: str) -
     threading.Thread(target=run.live, daemon=True).start()
     with anyio.fail_after(LIMIT_S):
         await run.started.wait()
-        child = run.child
+        (child,) = run.children
         assert child is not None
         pid = child.pid
         assert pid is not None

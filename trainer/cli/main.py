@@ -160,6 +160,13 @@ def _add_demo_and_train(commands: _Commands) -> None:
     train.rest, train.more = "overrides", _run_file_reference
     train.add_argument("file", metavar="FILE", help="the run file (.yaml, .toml or .json)")
     train.add_argument("overrides", nargs="*", default=[], metavar="NAME=VALUE", help="override a setting of the file")
+    train.add_argument(
+        "--processes",
+        type=_at_least(1),
+        default=1,
+        metavar="N",
+        help="train on N devices of this machine, or N processes of its CPU, with torchrun (default: 1)",
+    )
     train.add_argument("--check", action="store_true", help="build everything and report problems, without training")
 
 

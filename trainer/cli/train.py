@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
@@ -20,7 +22,9 @@ from trainer.checkpoint.init_from import InitFrom
 from trainer.cli.run_config import RunConfig, load_run_config, prepare
 from trainer.cli.text import echo, show_exception
 from trainer.config import describe_type
-from trainer.errors import RunInterrupted, RunTerminated
+from trainer.distributed.ending import exit_now
+from trainer.errors import ArgumentsError, PeerFailed, RunInterrupted, RunTerminated
+from trainer.remote.rank import share_cores
 
 if TYPE_CHECKING:
     from trainer.module_interface import ModuleInterface
@@ -47,8 +51,11 @@ All settings of a file:
 # ------------------------------------------------------------------------------------------------- the run
 
 
-def train(file: str, overrides: Sequence[str], *, check: bool) -> int:
+def train(file: str, overrides: Sequence[str], *, check: bool, processes: int = 1) -> int:
     """Train the run of a file, or only check the file; returns the exit code.
+
+    Args:
+        processes: More than one replace this process by torchrun, with the same command on each rank.
 
     Raises:
         ArgumentsError: The file, or a name in it, is invalid.
@@ -56,6 +63,8 @@ def train(file: str, overrides: Sequence[str], *, check: bool) -> int:
         BaseException: Exceptions of `Trainer.train` and of the user's factories propagate.
     """
     config = load_run_config(file, overrides)
+    if processes > 1 and not check:
+        _start_ranks(file, overrides, config, processes)
     trainer = prepare(config, file)
     if check:
         from trainer.trainer import check_resume
@@ -71,12 +80,27 @@ def train(file: str, overrides: Sequence[str], *, check: bool) -> int:
         if leads(trainer.arguments):
             _print_result(stop.result)
         raise
+    except PeerFailed:  # the log, or the rank that failed, has named it
+        exit_now()
     except OSError as error:  # most likely of the user's code, which needs the traceback
         show_exception(type(error), error, error.__traceback__)
         return 1
     if leads(trainer.arguments):
         _print_result(result)
     return 0
+
+
+def _start_ranks(file: str, overrides: Sequence[str], config: RunConfig, processes: int) -> NoReturn:
+    if config.arguments.strategy == "single":
+        raise ArgumentsError(
+            f"arguments.strategy: 'single' trains in each of the {processes} processes for itself; set it to 'auto'"
+        )
+    share_cores(processes)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    python = [sys.executable, "-P", "-m"]  # -P: see `events.process.Program.of_module`
+    torchrun = [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python"]
+    os.execv(sys.executable, [*torchrun, *python, "trainer.cli.main", "train", file, *overrides])
 
 
 def _print_result(result: RunResult) -> None:

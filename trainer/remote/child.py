@@ -2,7 +2,7 @@
 
 `trainer.remote.launch` starts it as an `events.process.Child`. It receives `LaunchConfig`, then commands and `Cancel`.
 It sends `Ready` when the run is under way, `Logged` for each warning, and at the end `Ended` or `Failed`. Events are
-not messages: the launching process reads the run's journal.
+not messages: the launching process reads the run's journal. Each of several processes is a rank of the run.
 
 When the launching process dies, in whatever way, the run is stopped with a checkpoint, and the program ends.
 """
@@ -15,13 +15,13 @@ import importlib
 import inspect
 import operator
 import os
+import queue
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -35,13 +35,12 @@ from events.protocol import AnyCommand, RunResult, Stop
 from events.safe_files import open_below
 from events.tracebacks import without_controls
 from trainer.errors import ArgumentsError
+from trainer.remote.rank import Join, Serving, join_ranks
 
 if TYPE_CHECKING:
     from trainer.run.session import Session
     from trainer.trainer import Trainer
 
-LOG_NAME = "log.txt"
-"""File in the run's folder with what the process prints."""
 EXIT_S = 10.0
 """Maximum seconds from the end of the run to the end of the process: threads and exit hooks of the user may hang."""
 _LOG_LIMIT_BYTES = 2**26
@@ -66,6 +65,10 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     resume: str | None = None
     command_line: str = ""
     """That of the launching process, for the record of the run."""
+    processes: int = 1
+    """Number of processes that train the run together..."""
+    rank: int = 0
+    """...and this one of them."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", tag_field="command"):
@@ -130,10 +133,15 @@ class Logged(msgspec.Struct, frozen=True, tag=True):
     global_step: int
 
 
-FromRun = Ready | Cancelling | Ended | Failed | Logged
+FromRun = Ready | Serving | Cancelling | Ended | Failed | Logged
 from_run: msgspec.msgpack.Decoder[FromRun] = msgspec.msgpack.Decoder(FromRun)
 _config: msgspec.msgpack.Decoder[LaunchConfig] = msgspec.msgpack.Decoder(LaunchConfig)
-_to_run: msgspec.msgpack.Decoder[Cancel | AnyCommand] = msgspec.msgpack.Decoder(Cancel | AnyCommand)
+_to_run: msgspec.msgpack.Decoder[Cancel | Join | AnyCommand] = msgspec.msgpack.Decoder(Cancel | Join | AnyCommand)
+
+
+def log_name(rank: int) -> str:
+    """Return the name of the file in the run's folder with what a process prints."""
+    return f"log-rank-{rank}.txt" if rank else "log.txt"
 
 
 def build(config: LaunchConfig) -> Trainer:
@@ -155,15 +163,25 @@ def build(config: LaunchConfig) -> Trainer:
         built.close()
     if not isinstance(built, Trainer):
         raise ArgumentsError(f"launch: {config.factory!r} must return a Trainer, not {built!r:.80}")
+    if config.processes > 1 and built.arguments.strategy == "single":
+        raise ArgumentsError(
+            f"launch: strategy='single' trains in each of the {config.processes} processes for itself; let the factory"
+            f" set it to 'auto'"
+        )
     relocate(built, config.run_id, config.run_dir, config.resume)
     record_launch(built, msgspec.msgpack.decode(config.arguments), config.command_line)  # as the factory got them
     return built
 
 
 class Launched:
-    """The run, as messages from the launching process and the death of that process control it."""
+    """The run, as messages from the launching process and the death of that process control it.
+
+    Attributes:
+        joins: Receives where the ranks meet.
+    """
 
     def __init__(self, parent: Parent) -> None:
+        self.joins: queue.SimpleQueue[Join] = queue.SimpleQueue()
         self._parent = parent
         self._warnings: deque[Logged] = deque(maxlen=_MOST_WARNINGS)
         log.forward.append(self._add_warning)
@@ -213,10 +231,12 @@ class Launched:
 
     # ------------------------------------------------------------------------------------ on the parent's thread
 
-    def _take(self, message: Cancel | AnyCommand | None) -> None:
+    def _take(self, message: Cancel | Join | AnyCommand | None) -> None:
         session = self._session
         if message is None:
             self._end_without_parent(session)
+        elif isinstance(message, Join):
+            self.joins.put(message)
         elif session is None:
             pass  # the launching process repeats a cancellation once the run is ready, and sends no command before
         elif isinstance(message, Cancel):
@@ -247,31 +267,31 @@ class Launched:
 
 
 def _ready(session: Session) -> Ready:
-    arguments, origin, folder = session.arguments, session.origin, session.folder
+    arguments, origin, folder = session.arguments, session.origin, session.run_dir
     return Ready(
         run_id=origin.run_id,
         attempt=origin.attempt,
-        run_dir=None if folder is None else str(folder.path),
+        run_dir=folder,
         journal_dir=None if session.journal_dir is None else str(session.journal_dir),
         log_offset=0
         if folder is None
-        else _continue_log(folder.path, f"[stagecast] run {origin.run_id}, attempt {origin.attempt}"),
+        else _continue_log(folder, log_name(origin.rank), f"[stagecast] run {origin.run_id}, attempt {origin.attempt}"),
         grace_s=arguments.stop_grace_s,
         # Callbacks, what they logged last, the checkpoints' two observers, sinks, the journal.
         cancel_s=arguments.stop_grace_s + 6 * arguments.drain_timeout_s + _SETTLE_S,
     )
 
 
-def _continue_log(folder: Path, heading: str) -> int:
+def _continue_log(folder: str, name: str, heading: str) -> int:
     """Move the output, with all that was printed before, to the log of a run folder; return where it begins there.
 
     Raises:
         RunFolderError: The log cannot be written to.
     """
     try:
-        log = open_below(folder, LOG_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        log = open_below(folder, name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
-        raise RunFolderError(f"{folder / LOG_NAME} cannot be written: {error}; remove it") from error
+        raise RunFolderError(f"{os.path.join(folder, name)} cannot be written: {error}; remove it") from error
     before = os.dup(1)
     try:
         offset = os.fstat(log).st_size
@@ -328,6 +348,8 @@ def main() -> None:
             return error
 
     try:
+        if config.processes > 1:
+            join_ranks(config.rank, config.processes, parent, launched.joins)
         trainer = build(config)
         outcome = anyio.run(run)
     except BaseException as error:  # the process's border: `Failed` reports it

@@ -6,18 +6,18 @@ imported here: a service that launches runs need not have it in memory.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import IO
 
 import anyio
 import msgspec
 
-from events.checkpoint.manifest import CheckpointName
 from events.errors import CursorError, RunCancelled
 from events.log import logger
 from events.masking import own_command_line
@@ -26,14 +26,27 @@ from events.process import Child, Program
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run.run import Run
 from events.run.stream import JournalEventStream
-from events.text import is_encodable
-from trainer.checkpoint.fetch import KEYWORDS
-from trainer.errors import ArgumentsError
-from trainer.remote.child import EXIT_S, Cancel, Cancelling, Ended, FromRun, LaunchConfig, Logged, Ready, from_run
+from trainer.errors import ArgumentsError, PeerFailed
+from trainer.remote.child import (
+    EXIT_S,
+    Cancel,
+    Cancelling,
+    Failed,
+    FromRun,
+    LaunchConfig,
+    Logged,
+    Ready,
+    from_run,
+)
+from trainer.remote.launch_arguments import absolute, encoded, problems_of, problems_of_ranks
 from trainer.remote.launch_report import crash, error_of
+from trainer.remote.rank import Join, Serving
 from trainer.run.cancellation import end_with_block
 
-_PLAIN = (type(None), bool, int, float, str, bytes)
+_LOST_S = 20.0
+"""Maximum seconds for the end of the other ranks after one has failed; they need a few to name it..."""
+_JOINING_S = 3.0
+"""...and those that still wait for it to join do not know."""
 _POLL_S = 0.02
 """Maximum seconds until a task sees that a flag was set."""
 
@@ -48,6 +61,7 @@ def launch(
     python: str | os.PathLike[str] | None = None,
     cwd: str | os.PathLike[str] | None = None,
     env: Mapping[str, str] | None = None,
+    processes: int = 1,
 ) -> AbstractAsyncContextManager[Run]:
     """Train in a process of its own, under asyncio or trio::
 
@@ -73,10 +87,12 @@ def launch(
         run_id: Replaces the one that the factory gave its trainer, as do the next two; None keeps it.
         run_dir: Relative to the working directory of this process.
         resume: As in `Trainer`; ``"auto"`` in a program that launches a crashed run again.
-        python: The interpreter; None for this one, which then finds the modules that this process finds. Another one
-            needs stagecast and what the factory imports.
+        python: The interpreter; None for this one, which then finds the modules that this process finds.
         cwd: Its working directory; None for that of this process.
         env: Environment variables in addition to those of this process.
+        processes: Number of processes that train the run together, as the ranks of ``torchrun --nproc-per-node`` do:
+            see the guide Scale. Each calls the factory. The `Run` is that of rank 0; the others' output is in
+            ``log-rank-K.txt``. If one fails, dies or hangs, all end, and the exception names its rank.
 
     Raises:
         ArgumentsError: An argument is wrong; or, when the block is entered, the factory returns no trainer.
@@ -85,16 +101,15 @@ def launch(
         RunCancelled: The run was cancelled.
         OSError: The process cannot be started.
     """
-    problems = [*_problems_of(factory, run_id, run_dir, resume, env)]
-    encoded = _encoded(arguments if arguments is not None else {}, problems)
+    problems = [*problems_of(factory, run_id, run_dir, resume, env), *problems_of_ranks(processes, env)]
+    packed = encoded(arguments if arguments is not None else {}, problems)
     if problems:
         raise ArgumentsError("launch: " + "; ".join(problems))
     run_dir = None if run_dir is None else os.path.abspath(run_dir)
-    resume = None if resume is None else _absolute(os.fspath(resume))
-    interpreter = None if python is None else os.fspath(python)
-    folder = None if cwd is None else os.fspath(cwd)
+    resume = None if resume is None else absolute(os.fspath(resume))
+    interpreter, folder = (None if path is None else os.fspath(path) for path in (python, cwd))
     program = Program.of_module("trainer.remote.child", interpreter, env or {}, folder)
-    config = LaunchConfig(factory, encoded, run_id, run_dir, resume, own_command_line())
+    config = LaunchConfig(factory, packed, run_id, run_dir, resume, own_command_line(), processes)
     return _LaunchContext(LaunchedRun(config, program))
 
 
@@ -135,24 +150,31 @@ class ThreadFlag:
 
 
 class LaunchedRun:
-    """A run in another process: commands go through its channel, events come through the journal.
+    """A run in other processes: commands go through the channel of rank 0, events come through the journal.
 
-    All that waits for the process is on one thread, in `live`; tasks only look. So nothing waits for it in an event
-    loop, and no cancellation leaves a process behind.
+    All that waits for a process is on a thread of its own, in `live` for rank 0; tasks only look. So nothing waits for
+    it in an event loop, and no cancellation leaves a process behind.
     """
 
     def __init__(self, config: LaunchConfig, program: Program) -> None:
-        self.ready: Ready | None = None
         self.started, self.finished = ThreadFlag(), ThreadFlag()
         self.error: BaseException | None = None
-        self.child: Child[FromRun] | None = None
+        self.children: list[Child[FromRun]] = []
+        self._readies: dict[int, Ready] = {}  # by rank
+        self._ended: set[int] = set()  # ranks that have sent how the run ended
         self._decided = ThreadFlag()
         self._config, self._program = config, program
         self._result: RunResult | None = None
         self._cancel_reason: str | None = None
+        self._peer_failed: BaseException | None = None
+
+    @property
+    def ready(self) -> Ready | None:
+        """The message of rank 0; None before the run is under way."""
+        return self._readies.get(0)
 
     def cancel(self, reason: str) -> None:
-        """End the run at its next step, and then the process; kill it if it takes too long. Any thread."""
+        """End the run at its next step, and then the processes; kill those that take too long. Any thread."""
         if self._cancel_reason is None:
             self._cancel_reason = reason
             self._ask_to_cancel()
@@ -177,8 +199,7 @@ class LaunchedRun:
         return self.ready.run_id
 
     def send(self, command: AnyCommand) -> None:
-        assert self.child is not None
-        self.child.send(command)
+        self.children[0].send(command)
 
     def events(self, since: int | None, types: Iterable[type[Event]] | None) -> EventStream:
         ready = self.ready
@@ -194,120 +215,113 @@ class LaunchedRun:
         await self._decided.wait()
         return self.outcome()
 
-    # ------------------------------------------------------------------------------------------ on its thread
+    # --------------------------------------------------------------------------- on a thread for each process
 
     def live(self) -> None:
-        """Run the process from its start to its death."""
+        """Run the processes from their start to their death."""
         try:
-            with tempfile.TemporaryFile() as log:
-                self.child = child = Child(self._program, log, from_run, self._config)
+            with contextlib.ExitStack() as files:
+                logs = [files.enter_context(tempfile.TemporaryFile()) for _ in range(self._config.processes)]
+                self._start(logs)
                 self._ask_to_cancel()
-                code = child.run(self._take)
-                if not self._decided.is_set():
-                    self.error = self._error_of_death(code, log)
+                others = [
+                    threading.Thread(target=self._attend, args=(rank, log), name=f"stagecast-rank-{rank}", daemon=True)
+                    for rank, log in enumerate(logs)
+                    if rank
+                ]
+                for thread in others:
+                    thread.start()
+                self._attend(0, logs[0])
+                for thread in others:
+                    thread.join()
+            if not self._decided.is_set():
+                self._fail(self._peer_failed or RuntimeError("the ranks have not reported how the run ended"))
         except BaseException as error:  # the thread's border: raised where the run is waited for
-            self.error = self.error or error
+            self._fail(error)
         finally:
             for flag in (self._decided, self.finished, self.started):
                 flag.set()
 
-    def _ask_to_cancel(self) -> None:
-        child, reason = self.child, self._cancel_reason
-        if child is not None and reason is not None and not self._decided.is_set():
-            child.send(Cancel(reason))
-            child.end_within(self.ready.grace_s if self.ready is not None else 0.0)
+    def _start(self, logs: Sequence[IO[bytes]]) -> None:
+        try:
+            for rank, log in enumerate(logs):
+                config = msgspec.structs.replace(self._config, rank=rank)
+                self.children.append(Child(self._program, log, from_run, config))
+        except BaseException:
+            for child in self.children:
+                child.kill()
+                child.run(lambda message: None)
+            raise
 
-    def _take(self, message: FromRun) -> None:
-        child = self.child
-        assert child is not None
+    def _attend(self, rank: int, log: IO[bytes]) -> None:
+        """Take the messages of a process until it has died."""
+        child = self.children[rank]
+        try:
+            code = child.run(functools.partial(self._take, rank))
+            if rank not in self._ended and (self.cancelled or not child.is_overdue):
+                self._fail(self._error_of_death(rank, code, log))
+        except BaseException as error:  # the thread's border, as in `live`
+            self._fail(error)
+
+    def _ask_to_cancel(self) -> None:
+        reason = self._cancel_reason
+        if self.children and reason is not None and not self._decided.is_set():
+            self.children[0].send(Cancel(reason))
+            self._end_within(self.ready.grace_s if self.ready is not None else 0.0)
+
+    def _end_within(self, timeout_s: float) -> None:
+        for child in self.children:
+            child.end_within(timeout_s)
+
+    def _take(self, rank: int, message: FromRun) -> None:
+        child = self.children[rank]
         if isinstance(message, Ready):
-            self.ready = message
-            self.started.set()
-            self._ask_to_cancel()  # again: a run that is not ready ignores it
+            self._readies[rank] = message
+            if rank == 0:
+                self.started.set()
+                self._ask_to_cancel()  # again: a run that is not ready ignores it
+        elif isinstance(message, Serving):
+            for other in self.children[1:]:
+                other.send(Join(message.port))
         elif isinstance(message, Cancelling):
-            child.end_within(self.ready.cancel_s if self.ready is not None else 0.0)
+            self._end_within(self.ready.cancel_s if self.ready is not None else 0.0)
         elif isinstance(message, Logged):
-            _log(message)
+            _log(message, rank)
         else:
-            if isinstance(message, Ended):
+            self._ended.add(rank)
+            if isinstance(message, Failed):
+                self._fail(error_of(message, rank if self._config.processes > 1 else None))
+            elif rank == 0:
                 self._result = result = message.result
                 for problem in result.problems:
                     logger.warning(problem, run_id=result.run_id, global_step=result.global_step)
-            else:
-                self.error = error_of(message)
-            self._decided.set()
+                self._decided.set()
+                self._end_within(EXIT_S)
             child.end_within(EXIT_S)
             child.spares_group = not self.cancelled
 
-    def _error_of_death(self, code: int | None, log: IO[bytes]) -> BaseException:
+    def _fail(self, error: BaseException) -> None:
+        """End the run on all ranks because of the first error; that another rank has failed is none of its own."""
+        if isinstance(error, PeerFailed):
+            self._peer_failed = self._peer_failed or error
+        elif not self._decided.is_set():
+            self.error = error
+            self._decided.set()
+        if not self.cancelled:
+            self._end_within(_LOST_S if self.ready is not None else _JOINING_S)
+
+    def _error_of_death(self, rank: int, code: int | None, log: IO[bytes]) -> BaseException:
         if self._cancel_reason is None:
-            return crash(self._config.factory, self.ready, code, log)
+            of = rank if self._config.processes > 1 else None
+            return crash(self._config.factory, self.ready, self._readies.get(rank), code, log, rank=of)
         name = self.ready.run_id if self.ready is not None else self._config.factory
         return RunCancelled(f"run {name} was cancelled: {self._cancel_reason}; its process was killed")
 
 
-def _log(logged: Logged) -> None:
-    """Log a warning of the process here: its own stderr is a file."""
+def _log(logged: Logged, rank: int) -> None:
+    """Log a warning of a process here: its own stderr is a file."""
     warned = logged.warned
     text = warned.message + (f" [{warned.repeats:,} more like this before]" if warned.repeats else "")
+    text = f"rank {rank}: {text}" if rank else text
     origin = {} if logged.run_id is None else {"run_id": logged.run_id, "global_step": logged.global_step}
     (logger.error if warned.level == "error" else logger.warning)(text, **origin)
-
-
-def _absolute(resume: str) -> str:
-    """A path, as seen from another working directory; a keyword, an address and a checkpoint's name stay."""
-    name = CheckpointName.parse(resume) is not None and not os.path.exists(resume)
-    return resume if resume in KEYWORDS or "://" in resume or name else os.path.abspath(resume)
-
-
-def _problems_of(factory: object, run_id: object, run_dir: object, resume: object, env: object) -> Iterable[str]:
-    if sys.platform == "win32":
-        yield "runs can be launched on POSIX systems only; Trainer.run works everywhere"
-    module, colon, name = factory.partition(":") if isinstance(factory, str) else ("", "", "")
-    if not colon or not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
-        yield f"factory must be 'package.module:function', not {factory!r:.80}"
-    elif module == "__main__":
-        yield f"{factory!r} is in the script that runs here, which another process cannot import: move it to a module"
-    if run_id is not None and not (isinstance(run_id, str) and run_id and is_encodable(run_id)):
-        yield f"run_id must be a name, not {run_id!r:.80}"
-    for place, path in (("run_dir", run_dir), ("resume", resume)):
-        text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
-        if path is not None and not (isinstance(text, str) and text and is_encodable(text)):
-            yield f"{place} must be a path in Unicode, not {path!r:.80}"
-    if env is not None and not (
-        isinstance(env, Mapping) and all(isinstance(part, str) for pair in env.items() for part in pair)
-    ):
-        yield f"env must map names to texts, not {env!r:.80}"
-    elif env is not None:
-        for name, value in env.items():
-            if not name or "=" in name or "\0" in name + value:
-                yield f"env: no environment has {name!r:.80}={value!r:.80}: no '=' in a name, and no NUL"
-
-
-def _encoded(arguments: object, problems: list[str]) -> bytes:
-    """The arguments as msgpack, which brings them over as what they are (but tuples as lists)."""
-    if not isinstance(arguments, Mapping):
-        problems.append(f"arguments must map names to values, not {arguments!r:.80}")
-        return b""
-    arguments = dict(arguments)
-    try:
-        before = len(problems)
-        problems += [f"arguments{where}" for where in _unplain(arguments, "")]
-        return msgspec.msgpack.encode(arguments) if len(problems) == before else b""
-    except (RecursionError, OverflowError, ValueError) as error:  # a cycle, 2**64, a lone surrogate
-        problems.append(f"arguments cannot be encoded: {error}")
-        return b""
-
-
-def _unplain(value: object, where: str) -> Iterable[str]:
-    """Describe each value that is not plain."""
-    if type(value) is dict:
-        for key, part in value.items():
-            if not isinstance(key, str):
-                yield f"{where} has the key {key!r:.80}: keys must be texts"
-            yield from _unplain(part, f"{where}[{key!r:.80}]")
-    elif isinstance(value, list | tuple) and type(value) in (list, tuple):
-        for number, part in enumerate(value):
-            yield from _unplain(part, f"{where}[{number}]")
-    elif type(value) not in _PLAIN:
-        yield f"{where} is a {type(value).__name__}: give plain values, from which the factory builds what it needs"

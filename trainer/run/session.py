@@ -131,7 +131,8 @@ class Session:
             self._opened, self._unused = opened.pop_all(), unused.pop_all()
 
     @property
-    def _run_dir(self) -> str | None:
+    def run_dir(self) -> str | None:
+        """The run's folder, also on ranks that do not hold it; None without one."""
         return self.observers.run_dir
 
     @property
@@ -162,7 +163,7 @@ class Session:
     def _join_ranks(self, opened: contextlib.ExitStack) -> RankSession:
         from trainer.run.ranks import RankSession  # late, because a single process does not need it
 
-        return RankSession(self._attempt, self.loop, self._run_dir, opened)
+        return RankSession(self._attempt, self.loop, self.run_dir, opened)
 
     def _make_plan(self, place: RunPlace) -> CheckpointPlan:
         settings = place.settings
@@ -205,7 +206,7 @@ class Session:
         return log
 
     def _make_sampler(self, interval_s: float | None) -> SystemSampler | None:
-        return SystemSampler(interval_s, self.pump, self._run_dir) if interval_s is not None else None
+        return SystemSampler(interval_s, self.pump, self.run_dir) if interval_s is not None else None
 
     def _write_settings(self) -> None:
         if self.folder is not None:
@@ -338,7 +339,7 @@ class Session:
             metrics=dict(self._attempt.readback.summary),
             ledger=loop.total,
             observers=reports,
-            run_dir=self._run_dir,
+            run_dir=self.run_dir,
             # The newest durable one of this attempt, otherwise the one that it resumed from.
             checkpoint=str(saved) if saved is not None else loop.task.resumed_from,
             best_checkpoint=str(best[0]) if best is not None else None,
