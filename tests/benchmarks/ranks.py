@@ -1,13 +1,13 @@
 """What the trainer costs on several ranks: the throughput of its steps against torch's own wrapper in a bare loop.
 
-    python tests/benchmarks/ranks.py [--ranks 2 4] [--rounds 150] [--steps 100] [--models mlp transformer]
+    python tests/benchmarks/ranks.py [--ranks 2 4] [--rounds 150] [--steps 100] [--strategy ddp] [--models mlp]
 
 One process per rank, gloo, one thread each. Each round trains a block of steps with every variant, in an order that
 changes, with a block of the bare loop before and after each: the ratio is the mean of these two over the variant's
 time, so 1 is as fast and less is slower. The first tenth of each block is not timed. The bare loop is the one that
-people write: a `DataLoader` with a `DistributedSampler`, `DistributedDataParallel`, ``backward``, ``step``,
-``zero_grad``. Against itself it shows what the machine adds. The bound is the lower end of a 95 % bootstrap interval
-of the median ratio, and the bar is 0.98.
+people write: a `DataLoader` with a `DistributedSampler`, `DistributedDataParallel` or ``fully_shard``, ``backward``,
+``step``, ``zero_grad``. Against itself it shows what the machine adds. The bound is the lower end of a 95 % bootstrap
+interval of the median ratio, and the bar is 0.98.
 
     python tests/benchmarks/ranks.py --profile [--ranks 2]
 
@@ -28,11 +28,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from report import bounds, header
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from trainer import ModuleInterface, Stage, Trainer, TrainerArguments
@@ -40,6 +42,7 @@ from trainer import ModuleInterface, Stage, Trainer, TrainerArguments
 _ROWS = {"mlp": 32, "transformer": 4}
 """Rows of a step on each rank."""
 _BAR = 0.98
+_strategy: Literal["ddp", "fsdp"] = "ddp"
 
 
 class _Encoder(nn.Module):
@@ -78,6 +81,9 @@ class Timed(ModuleInterface):
     def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
         return None
 
+    def fsdp_units(self) -> list[nn.Module]:
+        return [one for one in self.net.modules() if isinstance(one, nn.TransformerEncoderLayer)] or [self.net]
+
     def train_step(self, global_step: int, batch: Any, device: Any) -> torch.Tensor:
         self.begins.append(time.perf_counter_ns())
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -94,7 +100,13 @@ class Timed(ModuleInterface):
 def bare(model: str, data: TensorDataset, rows: int) -> float:
     torch.manual_seed(0)
     module = Timed(model, data)
-    wrapped = nn.parallel.DistributedDataParallel(module)
+    if _strategy == "ddp":
+        wrapped: nn.Module = nn.parallel.DistributedDataParallel(module)
+    else:
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+        for unit in module.fsdp_units():
+            fully_shard(unit, mesh=mesh)
+        wrapped = fully_shard(module, mesh=mesh)
     (optimizer,), _ = module.get_optimizers_schedulers(0, 0)
     for step, batch in enumerate(DataLoader(data, batch_size=rows, sampler=DistributedSampler(data))):
         loss = wrapped(Stage.TRAIN, step + 1, batch, "cpu")
@@ -106,7 +118,7 @@ def bare(model: str, data: TensorDataset, rows: int) -> float:
 
 def trained(model: str, data: TensorDataset, rows: int, *, journal: bool) -> float:
     module = Timed(model, data)
-    arguments = TrainerArguments(train_batch_size=rows * distributed.get_world_size(), seed=0, strategy="ddp")
+    arguments = TrainerArguments(train_batch_size=rows * distributed.get_world_size(), seed=0, strategy=_strategy)
     with tempfile.TemporaryDirectory() as folder:
         where = {"run_dir": folder} if journal else {"journal": False}
         Trainer(module, arguments, sinks=[], checkpoints=False, **where).train()
@@ -180,8 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--models", nargs="+", choices=list(_ROWS), default=list(_ROWS))
+    parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args(arguments)
+    global _strategy
+    _strategy = options.strategy
     if "RANK" not in os.environ:
         print(header(), flush=True)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
