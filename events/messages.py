@@ -543,6 +543,8 @@ class CheckpointSkipped(Event, frozen=True, gc=False, tag=True):
     reasons: list[str]
     writing: list[str]
     """Names of the checkpoints being written."""
+    busy_rank: Int64 = 0
+    """The rank whose copies were being written."""
 
 
 class CheckpointSaved(Event, frozen=True, gc=False, tag=True):

@@ -55,11 +55,21 @@ class Folder:
     def make(self, name: str) -> Folder:
         """Create and open a folder in it. Raises `FileExistsError` and other `OSError`."""
         os.mkdir(self._at(name), dir_fd=self.fd)
+        return self.enter(name)
+
+    def enter(self, name: str) -> Folder:
+        """Open a folder in it. Raises `OSError`."""
         return Folder(self.path / name, os.open(name, _FOLDER, dir_fd=self.fd) if self.fd is not None else None)
 
     def create(self, name: str, flags: int = 0) -> int:
         """Create a file in it exclusively, and return its descriptor."""
         return os.open(self._at(name), _CREATE | flags, 0o644, dir_fd=self.fd)
+
+    def read(self, name: str, nbytes: int) -> bytes:
+        """Read a file in it, at most so many bytes, without following links. Raises `OSError`."""
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(self._at(name), flags, dir_fd=self.fd), "rb") as file:
+            return file.read(nbytes)
 
     def stat(self, name: str) -> os.stat_result:
         """The status of a file or folder in it; of a link, that of the link itself."""
@@ -135,6 +145,11 @@ def write_image(folder: Folder, name: str, image: memoryview, nbytes: int) -> Fi
     finally:
         digest = hashed()
     return FileEntry(nbytes, digest)
+
+
+def entry_of(data: bytes) -> FileEntry:
+    """Describe a file with these bytes."""
+    return FileEntry(len(data), _hash(memoryview(data)))
 
 
 def _hash(data: memoryview) -> str:

@@ -20,8 +20,11 @@ from events.errors import CheckpointDamaged, CheckpointTooNew
 from events.journal.lines import MAX_DECODED_BYTES, decoded_bytes
 from events.wire import without_surrogates
 
-FORMAT = 1
-"""Format of the manifest and of all files that it lists. Readers refuse greater ones."""
+FORMAT = 2
+"""The newest format of a manifest and of all files that it lists. Readers refuse greater ones."""
+SHARDED_FORMAT = 2
+"""The format of a checkpoint whose tensors are split over the files of several ranks (`events.checkpoint.shards`). All
+others have format 1."""
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES = 16 * 2**20
 """Maximum bytes per manifest."""
@@ -84,7 +87,7 @@ class Metric(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Description and files of a checkpoint."""
 
-    format: Int64 = FORMAT
+    format: Int64 = 1
     run_id: str
     attempt: Int64
     global_step: Int64

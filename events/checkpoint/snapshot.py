@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from events.checkpoint.manifest import CheckpointName, Metric
+from events.checkpoint.shards import RankPart
 from events.checkpoint.tensor_file import TensorInfo
 
 READER = "*"
@@ -91,6 +92,9 @@ class Snapshot:
     """Contributed parts, by the name of their files."""
     owners: Mapping[str, str]
     """Names of the parts, by contributing observer."""
+    rank: RankPart | None = None
+    """The part of this rank, if each rank stores its own; on all but rank 0, ``state`` is what the rank has for
+    itself."""
     wait: Callable[[], None]
     """Waits for the copies from the device; on the writer's thread."""
     give_back: Callable[[], None]

@@ -196,6 +196,11 @@ class CheckpointStore(Lineage):
             self._new[name] = made = folder.make(self._temporary(name))
         return made
 
+    def join(self, temporary: str) -> disk.Folder:
+        """Open the folder that `begin` has created in another process; the caller closes it. Raises `OSError`."""
+        with self._opened() as folder:
+            return folder.enter(temporary)
+
     def commit(self, manifest: Manifest) -> Path:
         """Commit a checkpoint whose files are written and fsynced in its temporary folder.
 
@@ -230,6 +235,12 @@ class CheckpointStore(Lineage):
         self._close(name)
         with contextlib.suppress(OSError):
             self._discard_left(name)
+
+    def sweep(self) -> None:
+        """Remove the files that other processes have written to checkpoints after `abandon`; ignores failures."""
+        for name in self._left.keys() - self._new.keys():
+            with contextlib.suppress(OSError):
+                self._discard_left(name)
 
     def remove(self, name: CheckpointName) -> None:
         """Remove a checkpoint atomically: first its name, then its files.

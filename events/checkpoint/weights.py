@@ -7,14 +7,15 @@ other ones (https://huggingface.co/docs/safetensors/torch_shared_tensors).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
 from events.checkpoint.manifest import Metric
+from events.checkpoint.shards import StoredTensors
 from events.checkpoint.snapshot import Part
-from events.checkpoint.tensor_file import TensorInfo, lay_out, read_layout
+from events.checkpoint.tensor_file import TensorInfo, lay_out
 from events.errors import CheckpointDamaged, CheckpointError
 from events.msgpack_keys import check_keys
 
@@ -50,6 +51,10 @@ class Weights(msgspec.Struct, frozen=True):
         """
         chosen = {names[name]: key for name, key in self.names.items() if name in names}
         return msgspec.structs.replace(self, names=chosen)
+
+    def items(self) -> Iterator[tuple[str, tuple[TensorInfo, memoryview]]]:
+        """Each name with its tensor."""
+        return ((name, self.stored[key]) for name, key in self.names.items())
 
     def of_module(self, wanted: Collection[str]) -> Weights | None:
         """Return the tensors of a state dict that the module's state holds, perhaps within other state.
@@ -107,14 +112,14 @@ def metadata_of(run_id: str, step: int, checkpoint: str | None, metric: Metric |
     return notes
 
 
-def weights_in(state: memoryview, tensors: memoryview, where: str, *, averaged: bool | None = None) -> Weights:
+def weights_in(state: memoryview, tensors: StoredTensors, where: str, *, averaged: bool | None = None) -> Weights:
     """Return the module's tensors in a checkpoint.
 
     Not with `events.checkpoint.packing.decode`, which needs the types of all other state, such as that of callbacks.
 
     Args:
         state: `events.checkpoint.manifest.STATE_NAME`, verified.
-        tensors: `events.checkpoint.manifest.TENSORS_NAME`, verified.
+        tensors: All of the checkpoint's.
         where: The checkpoint's folder, for messages.
         averaged: The averaged weights, not the trained ones; None: if the run has validated those.
 
@@ -148,12 +153,11 @@ def weights_in(state: memoryview, tensors: memoryview, where: str, *, averaged: 
 class _StateReader:
     """Collects the tensors in the encoded state of a module."""
 
-    def __init__(self, data: memoryview, where: str) -> None:
+    def __init__(self, tensors: StoredTensors, where: str) -> None:
         self.names: dict[str, str] = {}
         self.stored: dict[str, tuple[TensorInfo, memoryview]] = {}
         self.skipped: list[str] = []
-        self._data, self._where = data, where
-        self._file = read_layout(data, f"{where}/tensors.safetensors")
+        self._tensors, self._where = tensors, where
 
     def sort(self, path: str, raw: Any) -> bool:
         """Collect the tensors in a value, and the paths of other values; returns whether it holds any tensor."""
@@ -176,12 +180,11 @@ class _StateReader:
         return any(found)
 
     def _add(self, name: str, key: str) -> None:
-        key = self._file.aliases.get(key, key)
-        info, offset = self._file.tensors[key]
         if name in self.names:
             raise CheckpointError(f"two tensors of the module in {self._where} have the name {name!r}")
-        self.names[name] = key
-        self.stored[key] = info, self._data[offset : offset + info.nbytes]
+        self.names[name] = key = self._tensors.key_of(key)
+        if key not in self.stored:
+            self.stored[key] = self._tensors.get(key)
 
 
 def renamed(names: Iterable[str], rename: Mapping[str, str]) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from events.checkpoint.files import map_file, verify
 from events.checkpoint.lineage import ranked
-from events.checkpoint.manifest import STATE_NAME, TENSORS_NAME, CheckpointName, Metric
+from events.checkpoint.manifest import STATE_NAME, CheckpointName, Metric
 from events.checkpoint.settings import Checkpoints
+from events.checkpoint.shards import StoredTensors
 from events.checkpoint.snapshot import Part
 from events.checkpoint.store import WEIGHTS_NAME, CheckpointStore
 from events.checkpoint.weights import Weights, metadata_of, weights_in
@@ -25,8 +27,8 @@ class WeightsWriter:
     Args:
         store: The run's checkpoints.
         publish: `Ring.publish`.
-        weights: Returns the module's weights once training has ended cleanly, or only their names if those of the best
-            checkpoint are wanted; else None.
+        weights: Returns the module's weights once training has ended cleanly, or only their names if a checkpoint is
+            to be read: the best one, or the last one of a module that is divided among ranks; else None.
     """
 
     def __init__(
@@ -50,7 +52,10 @@ class WeightsWriter:
             return
         path = self._store.folder.parent / WEIGHTS_NAME
         try:
-            name, metric, weights = self._best(found, event) if isinstance(found, list) else self._last(found, event)
+            if isinstance(found, Part):
+                name, metric, weights = self._last(found, event)
+            else:
+                name, metric, weights = (self._best if self._settings.weights == "best" else self._newest)(found, event)
             step = event.global_step if name is None else name.step
             metadata = metadata_of(event.run_id, step, None if name is None else str(name), metric)
             nbytes = replace_below(path.parent, path.name, weights.file(metadata)[0])
@@ -62,12 +67,21 @@ class WeightsWriter:
         checkpoint = None if name is None else str(name)
         self._publish(WeightsSaved(*header_of(event), path=self.path, nbytes=nbytes, checkpoint=checkpoint))
 
-    def _last(self, part: Part, event: RunEnded) -> tuple[None, Metric | None, Weights]:
+    def _last(self, part: Part, event: RunEnded) -> tuple[CheckpointName | None, Metric | None, Weights]:
         scores = self._scores(event)
         metric = next((score for name, score in scores.items() if name.step == event.global_step), None)
         return None, metric, Weights.of(part)
 
-    def _best(self, names: list[str], event: RunEnded) -> tuple[CheckpointName, Metric, Weights]:
+    def _newest(self, names: list[str], event: RunEnded) -> tuple[CheckpointName | None, Metric | None, Weights]:
+        name = next(iter(self._store.line()), None)
+        if name is None or name.step != event.global_step:
+            raise CheckpointError(
+                f"no checkpoint in {self._store.folder} is of step {event.global_step}, the last one, and the weights"
+                f" are divided among ranks; train with Checkpoints(at_end=True)"
+            )
+        return name, self._store.manifest(name).metric, self._read(name, names)
+
+    def _best(self, names: list[str], event: RunEnded) -> tuple[CheckpointName | None, Metric | None, Weights]:
         scores = self._scores(event)
         for name in ranked(scores, self._settings.best_mode):
             try:
@@ -84,8 +98,9 @@ class WeightsWriter:
 
     def _read(self, name: CheckpointName, names: list[str]) -> Weights:
         path = self._store.path(name)
-        verify(path, self._store.manifest(name))
-        saved = weights_in(map_file(path, STATE_NAME), map_file(path, TENSORS_NAME), str(path))
+        verify(path, manifest := self._store.manifest(name))
+        tensors = StoredTensors(manifest.files, functools.partial(map_file, path), str(path))
+        saved = weights_in(map_file(path, STATE_NAME), tensors, str(path))
         if saved.averaged_by is not None and saved.problem is not None:
             logger.warning(f"{path}: {saved.problem}")
         if (weights := saved.of_module(names)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 from events.bus.backlog import Published
 from events.checkpoint import disk, packing
 from events.checkpoint.lineage import ranked
-from events.checkpoint.manifest import STATE_NAME, TENSORS_NAME, CheckpointName, FileEntry, Manifest
+from events.checkpoint.manifest import SHARDED_FORMAT, STATE_NAME, TENSORS_NAME, CheckpointName, FileEntry, Manifest
 from events.checkpoint.settings import Checkpoints
+from events.checkpoint.shards import Begun, Left
 from events.checkpoint.snapshot import Part, Snapshot
 from events.checkpoint.store import CheckpointStore
 from events.checkpoint.tensor_file import lay_out
@@ -20,6 +22,7 @@ from events.messages import (
     CheckpointDeleted,
     CheckpointFailed,
     CheckpointSaved,
+    CheckpointSkipped,
     CheckpointStaged,
     Event,
     RunEnded,
@@ -27,6 +30,8 @@ from events.messages import (
 from events.origin import Origin, header_of
 from events.sink import Delivery
 from events.tracebacks import describe
+from sinks.checkpoints.shards import RankBusy, gather
+from sinks.checkpoints.shards import RankWriter as RankWriter
 from sinks.checkpoints.weights import WeightsWriter
 
 WRITER_DELIVERY = Delivery(
@@ -112,6 +117,7 @@ class CheckpointWriter:
                 self._save(event, payload.outputs)
             elif isinstance(event, RunEnded):
                 self._ended = True
+                self._store.sweep()
                 with self._store.lock:
                     self._find_best()
                     self.weights.write(event)
@@ -131,12 +137,18 @@ class CheckpointWriter:
         try:
             try:
                 manifest, path = self._write(event, snapshot)
-            except BaseException:  # delete the unfinished files first
+            except BaseException as error:  # delete the unfinished files first
                 snapshot.failed = True
+                if snapshot.rank is not None:
+                    with contextlib.suppress(RuntimeError):  # the ranks cannot reach each other: the run ends
+                        snapshot.rank.mailbox.send(Left(describe(error)))
                 self._store.abandon(snapshot.name)
                 raise
             finally:
                 snapshot.release()
+        except RankBusy as busy:
+            self._skip(event, busy.rank)
+            return
         except Exception as error:  # of the disk, a callback's state_dict or a device: the run continues
             self._fail(event, error)
             return
@@ -163,6 +175,8 @@ class CheckpointWriter:
 
     def _write(self, event: CheckpointStaged, snapshot: Snapshot) -> tuple[Manifest, Path]:
         folder = self._store.begin(snapshot.name)
+        if snapshot.rank is not None:
+            snapshot.rank.mailbox.send(Begun(folder.path.name))
         snapshot.wait()
         files = {TENSORS_NAME: disk.write_image(folder, TENSORS_NAME, snapshot.image, snapshot.nbytes)}
         snapshot.release()  # the loop may need the memory, while the rest waits for callbacks
@@ -177,7 +191,10 @@ class CheckpointWriter:
                 logger.warning(f"checkpoint {snapshot.name} has no state of {missing[-1]}", published=True)
             else:
                 _write_part(folder, name, part, files)
+        if snapshot.rank is not None:
+            files |= gather(folder, snapshot.rank, self._settings.end_timeout_s, lambda: self._abandoned)
         manifest = Manifest(
+            format=1 if snapshot.rank is None else SHARDED_FORMAT,
             run_id=event.run_id,
             attempt=snapshot.name.attempt,
             global_step=snapshot.name.step,
@@ -195,6 +212,17 @@ class CheckpointWriter:
         )
         self._sync_journal(event.seq)
         return manifest, self._store.commit(manifest)
+
+    def _skip(self, event: CheckpointStaged, rank: int) -> None:
+        """Another rank has skipped the checkpoint."""
+        self._publish(CheckpointSkipped(*header_of(event), reasons=event.reasons, writing=[], busy_rank=rank))
+        if event.command_ids:
+            why = f"rank {rank} is still writing the checkpoints before it"
+            self._publish(
+                CheckpointFailed(
+                    *header_of(event), checkpoint=event.checkpoint, error=why, command_ids=event.command_ids
+                )
+            )
 
     def _fail(self, event: CheckpointStaged, error: Exception) -> None:
         self._failures += 1

@@ -230,8 +230,10 @@ class Chronicle:
         )
 
     def _checkpoint_skipped(self, e: CheckpointSkipped) -> Iterable[Line]:
-        writing = plain_text(", ".join(e.writing), 80)
-        text = f"warning: no checkpoint at step {e.global_step:,}: {writing} are still being written"
+        writing = f"{plain_text(', '.join(e.writing), 80)} are still being written"
+        if e.busy_rank:
+            writing = f"rank {e.busy_rank} is still writing the ones before it"
+        text = f"warning: no checkpoint at step {e.global_step:,}: {writing}"
         return self._sparsely(e, "checkpoints left out", "warn", text)
 
     def _checkpoint_failed(self, e: CheckpointFailed) -> Iterable[Line]:

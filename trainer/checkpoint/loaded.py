@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import importlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from events.checkpoint.files import read_file, read_manifest
-from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, Manifest
+from events.checkpoint.manifest import MANIFEST_NAME, SHARDED_FORMAT, STATE_NAME, TENSORS_NAME, Manifest
+from events.checkpoint.shards import state_name
 from events.checkpoint.weights import first_of
 from events.errors import CheckpointDamaged, CheckpointMismatch
 from events.log import logger
@@ -18,27 +21,49 @@ from trainer.checkpoint.position import RANK_FIELDS, SAVED_FIELDS, Position, Sav
 from trainer.data.rng import RngState
 from trainer.data.tensor_state import put_together
 from trainer.data.tensors import clone_tensors
+from trainer.distributed.local import is_split
 from trainer.distributed.sharding import seed_for
 from trainer.hooks.hooks import CallbackHooks
 from trainer.module_interface import ModuleInterface
 
 
+def _is_late(name: str) -> bool:
+    """Whether a tensor is read once the optimizers exist."""
+    return name.startswith("optimizers.")
+
+
 class Loaded:
     """A checkpoint, read and verified, with its tensors on the host. Waits for the disk.
+
+    If the module or the checkpoint is divided among ranks, a rank reads and verifies only the files that it needs, and
+    its tensors are divided as the module's; those of optimizers are read by `read_optimizers`.
+
+    Args:
+        module: The one to restore, if its parameters may be split; its tensors have a place already.
+        rank: The one of this process.
 
     Raises:
         CheckpointDamaged: The checkpoint is incomplete or changed.
         CheckpointTooNew: A later version wrote it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, module: ModuleInterface | None = None, rank: int = 0) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
-        self.state: dict[str, Any] = self._read(STATE_NAME, TENSORS_NAME)
+        self._reader: Any = None
+        self._state = self._file(STATE_NAME)
+        if self.manifest.format >= SHARDED_FORMAT or (module is not None and any(map(is_split, module.parameters()))):
+            self._sharded: Any = importlib.import_module("trainer.checkpoint.sharded")
+            self._reader = self._sharded.StagecastReader(folder, self.manifest)
+            layout = self._sharded.layout_of(module) if module is not None else {}.get
+            self.state: dict[str, Any] = self._reader.decode(self._state, layout, lambda name: not _is_late(name))
+        else:
+            self.state = self._joined(self._state, TENSORS_NAME)
+        own = state_name(rank)
         self.parts = {
-            name.removesuffix(".msgpack"): self._read(name, name.removesuffix(".msgpack") + ".safetensors")
+            name.removesuffix(".msgpack"): self._part(name)
             for name in self.manifest.files
-            if name.endswith(".msgpack") and name != STATE_NAME
+            if name.endswith(".msgpack") and name != STATE_NAME and (not name.startswith("rank-") or name == own)
         }
         try:
             msgspec.convert(self.state, SavedState)
@@ -46,15 +71,20 @@ class Loaded:
         except msgspec.ValidationError as error:
             raise CheckpointDamaged(f"{self.folder / STATE_NAME} is not the state of a run: {error}") from error
 
-    def _read(self, state_name: str, tensors_name: str) -> Any:
-        files = self.manifest.files
-        if state_name not in files:
-            raise CheckpointDamaged(f"{self.folder / MANIFEST_NAME} does not list {state_name}")
-        state = read_file(self.folder, state_name, files[state_name])
-        tensors = None
-        if tensors_name in files:
-            tensors = read_file(self.folder, tensors_name, files[tensors_name])
+    def _file(self, name: str) -> memoryview:
+        if name not in self.manifest.files:
+            raise CheckpointDamaged(f"{self.folder / MANIFEST_NAME} does not list {name}")
+        return read_file(self.folder, name, self.manifest.files[name])
+
+    def _joined(self, state: memoryview, tensors_name: str) -> Any:
+        tensors = self._file(tensors_name) if tensors_name in self.manifest.files else None
         return put_together(state, tensors, str(self.folder / tensors_name))
+
+    def _part(self, name: str) -> Any:
+        state = self._file(name)
+        if name.startswith("rank-") and self.manifest.format >= SHARDED_FORMAT:  # its tensors are beside its shards
+            return self._reader.decode(state, {}.get)
+        return self._joined(state, name.removesuffix(".msgpack") + ".safetensors")
 
     @property
     def _callback_parts(self) -> list[dict[str, Any]]:
@@ -120,6 +150,7 @@ class Loaded:
         """Release all state that has been restored; keep the entries that the loop reads later."""
         self.state = {name: self._kept(name) for name in ("global_step", "epoch", "position", "rng")}
         self.parts = {name: part for name, part in self.parts.items() if name == "outputs"}
+        self._reader, self._state = None, memoryview(b"")
 
     def restore_module(self, module: ModuleInterface, *, averaged: bool | None = False) -> None:
         """Restore the module's state.
@@ -135,6 +166,8 @@ class Loaded:
         own = own_loading_prefixes(module) if by_default else ()
         if by_default:
             check_fits(module, state, str(self.folder), own)
+            if self._reader is not None:
+                state = self._sharded.split_as(module, state)
         if own or not by_default:
             state = clone_tensors(state)  # the module may keep them, and with them the memory of the whole file
         try:
@@ -171,6 +204,16 @@ class Loaded:
                 f"requires_grad of {', '.join(first_of(again))} is False again, as in the checkpoint {self.folder}; set"
                 f" it in get_optimizers_schedulers() or on_begin_train_epoch() to train them"
             )
+
+    def read_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Read the state of optimizers, split as their parameters are, if it has not been read yet. Waits for the disk.
+
+        Raises:
+            CheckpointDamaged: As the constructor.
+        """
+        if self._reader is not None:
+            layout = self._sharded.layout_of_optimizers(optimizers, self.state["optimizers"])
+            self.state["optimizers"] = self._reader.decode(self._state, layout, _is_late)["optimizers"]
 
     @property
     def optimization(self) -> dict[str, object]:

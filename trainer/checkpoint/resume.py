@@ -24,6 +24,13 @@ from trainer.checkpoint.warm_start import file_of_weights, flattened, read_state
 from trainer.module_interface import ModuleInterface
 
 OnRejected = Callable[[str, Exception], None]
+Read = Callable[[Path], Loaded]
+Search = Callable[[Read], Loaded | None]
+
+
+def read_alone(search: Search) -> Loaded | None:
+    """Return the checkpoint that a search finds, which a single process reads."""
+    return search(Loaded)
 
 
 class CheckpointPlan:
@@ -67,11 +74,12 @@ class CheckpointPlan:
         if self._init_from is not None and not found:
             _check_place("init_from", self._init_from.path, None)
 
-    def load(self, on_rejected: OnRejected) -> Loaded | None:
+    def load(self, on_rejected: OnRejected, read: Read = Loaded) -> Loaded | None:
         """Read the checkpoint to resume from; None for a new run. Waits for the disk.
 
         Args:
             on_rejected: Called with name and error of each invalid checkpoint, before an older one is tried.
+            read: Reads the checkpoint in a folder.
 
         Raises:
             CheckpointError: ``resume`` names no checkpoint, or one that cannot be used.
@@ -82,14 +90,14 @@ class CheckpointPlan:
         if self._init_from is not None and resume != "auto":
             logger.warning(f"init_from={self._init_from.path!r} is ignored; resume={os.fspath(resume)!r} is given")
         if resume not in KEYWORDS:
-            return find(resume, store, on_rejected)
+            return find(resume, store, on_rejected, read=read)
         if store is None:
             raise CheckpointNotFound(f"resume={resume!r} needs a run folder; give run_dir")
         if resume == "best":
-            return self._load_best(store, on_rejected)
-        loaded = load_from(store, on_rejected, self._run_id)
+            return self._load_best(store, on_rejected, read)
+        loaded = load_from(store, on_rejected, self._run_id, read=read)
         if loaded is None and (source := store.source) is not None:
-            loaded = find(source, store, on_rejected)
+            loaded = find(source, store, on_rejected, read=read)
         return loaded
 
     def name_of(self, loaded: Loaded) -> str | None:
@@ -101,7 +109,7 @@ class CheckpointPlan:
             return None
         return str(loaded.manifest.name)
 
-    def _load_best(self, store: CheckpointStore, on_rejected: OnRejected) -> Loaded:
+    def _load_best(self, store: CheckpointStore, on_rejected: OnRejected, read: Read) -> Loaded:
         settings = self.settings
         monitor, mode = (
             (None, None) if settings is None or settings.best is None else (settings.best, settings.best_mode)
@@ -114,7 +122,7 @@ class CheckpointPlan:
         for name in ranked(store.scores(monitor, reject), mode):
             try:
                 check_owner(store, name, self._run_id)
-                return Loaded(store.path(name))
+                return read(store.path(name))
             except (CheckpointDamaged, CheckpointMismatch, CheckpointNotFound) as error:
                 reject(str(name), error)
         what = f"with the metric {monitor!r}" if monitor else "with a metric"
@@ -123,8 +131,11 @@ class CheckpointPlan:
             f" of one, or train with Checkpoints(best=...)"
         )
 
-    def load_weights(self, module: ModuleInterface) -> bool:
+    def load_weights(self, module: ModuleInterface, agree: Callable[[Search], Loaded | None] = read_alone) -> bool:
         """Load the weights of ``init_from``; return False without ``init_from``. Waits for the disk.
+
+        Args:
+            agree: Returns the checkpoint that a search finds and every rank of the run can read.
 
         Raises:
             CheckpointMismatch: The weights are of another model; names keys and shapes. The module is unchanged.
@@ -141,7 +152,9 @@ class CheckpointPlan:
         def warn(name: str, error: Exception) -> None:
             logger.warning(f"{error}; an older checkpoint is tried")
 
-        loaded = find(named.parent if named.is_file() else named, None, warn, "init_from")
+        place = named.parent if named.is_file() else named
+        loaded = agree(lambda read: find(place, None, warn, "init_from", read=read))
+        assert loaded is not None
         if not init.strict or init.rename:
             take(module, dict(flattened(loaded.module_state(None))), init, str(loaded.folder))
         elif takes_state_by_default(module):
@@ -188,7 +201,9 @@ class CheckpointPlan:
             ) from error
 
 
-def load_from(store: CheckpointStore, on_rejected: OnRejected, run_id: str | None = None) -> Loaded | None:
+def load_from(
+    store: CheckpointStore, on_rejected: OnRejected, run_id: str | None = None, *, read: Read = Loaded
+) -> Loaded | None:
     """Read the newest valid checkpoint of a store; None for an empty store.
 
     Args:
@@ -205,7 +220,7 @@ def load_from(store: CheckpointStore, on_rejected: OnRejected, run_id: str | Non
     for name in store.candidates():
         try:
             check_owner(store, name, run_id)
-            return Loaded(store.path(name))
+            return read(store.path(name))
         except CheckpointMismatch as error:
             logger.warning(f"resume='auto' skips a checkpoint: {error}")
             on_rejected(str(name), error)
@@ -235,7 +250,12 @@ def check_owner(store: CheckpointStore, name: CheckpointName, run_id: str | None
 
 
 def find(
-    path: str | os.PathLike[str], store: CheckpointStore | None, on_rejected: OnRejected, argument: str = "resume"
+    path: str | os.PathLike[str],
+    store: CheckpointStore | None,
+    on_rejected: OnRejected,
+    argument: str = "resume",
+    *,
+    read: Read = Loaded,
 ) -> Loaded:
     """Read the checkpoint at a path, or the newest one of a run folder. Waits for the disk.
 
@@ -249,9 +269,9 @@ def find(
     try:
         folder = _folder_of(path, store)
         if (folder / MANIFEST_NAME).is_file() or CheckpointName.parse(folder.name) is not None:
-            return Loaded(folder)
+            return read(folder)
         for stored in (folder / CHECKPOINTS_DIR, folder):
-            if (loaded := load_from(CheckpointStore(stored), on_rejected)) is not None:
+            if (loaded := load_from(CheckpointStore(stored), on_rejected, read=read)) is not None:
                 return loaded
     except CheckpointError:
         raise

@@ -54,7 +54,7 @@ class Stager:
         """Lay out the tensor file; return the bytes of memory that it needs."""
         key = collected.infos, collected.aliases
         if key != self._key:  # it rarely changes
-            self._key, self._layout = key, lay_out(*key)
+            self._key, self._layout = key, lay_out(*key, collected.metadata)
         return -(-self._layout.nbytes // PAGE) * PAGE
 
     def copy(self, collected: Collected, slab: Slab, late: Container[int]) -> Staged:

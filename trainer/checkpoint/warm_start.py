@@ -21,6 +21,7 @@ from trainer.checkpoint.fit import check_fits, misshapen, own_loading_prefixes
 from trainer.checkpoint.init_from import InitFrom
 from trainer.data.tensor_state import tensors_in
 from trainer.data.tensors import clone_tensors
+from trainer.distributed.local import is_split
 from trainer.module_interface import ModuleInterface
 
 MODEL_NAME = "model.safetensors"
@@ -119,7 +120,8 @@ def take(module: ModuleInterface, state: object, init: InitFrom, where: str) -> 
         CheckpointMismatch: The weights are of another model; names keys and shapes. The module is unchanged, unless a
             submodule with its own loading refused.
     """
-    own, exempt = module.state_dict(), own_loading_prefixes(module)
+    # With the parameters themselves, by which tied ones that are split are known.
+    own, exempt = module.state_dict(keep_vars=True), own_loading_prefixes(module)
     if isinstance(state, Mapping):
         try:
             names = renamed(map(str, state), init.rename)
@@ -138,6 +140,10 @@ def take(module: ModuleInterface, state: object, init: InitFrom, where: str) -> 
     _report_casts(own, state, where)
     if exempt:
         state = clone_tensors(state)  # the module may keep them, and with them the memory of the whole file
+    if any(map(is_split, module.parameters())):
+        from trainer.checkpoint.sharded import split_as  # late, because most modules are not split
+
+        state = dict(split_as(module, state))
     try:
         module.load_state_dict(state, strict=init.strict)  # copies them
     except RuntimeError as error:
@@ -159,6 +165,8 @@ def _memory_of(value: object) -> object:
     """Return a value that all names of one tensor share."""
     if not isinstance(value, torch.Tensor) or _is_lazy(value) or not value.numel():
         return object()
+    if is_split(value):  # its part on this rank may be empty
+        return id(value)
     return value.data_ptr(), value.dtype, value.shape, value.stride()
 
 

@@ -1,14 +1,21 @@
-"""``stagecast checkpoints export``: the module's weights, in a safetensors file for any reader, without torch."""
+"""``stagecast checkpoints export``: the module's weights, in a safetensors file for any reader, without torch.
+
+``--format dcp`` needs torch, which writes the folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any, Literal
 
 from events.checkpoint import disk
-from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, CheckpointName, Manifest
+from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, CheckpointName, Manifest
+from events.checkpoint.shards import StoredTensors
 from events.checkpoint.weights import Weights, first_of, metadata_of, renamed, weights_in
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from events.text import plain_text
@@ -16,9 +23,9 @@ from trainer.cli.sources import Source, chosen, open_source, problem
 from trainer.cli.text import check_out, echo, echo_error
 
 _MOST_TIMES = 32
-"""Maximum size of an export with every name, in sizes of the checkpoint's tensor file."""
-DEFAULT_OUT = "model.safetensors"
-"""The name that transformers and other libraries look for."""
+"""Maximum size of an export with every name, in sizes of the checkpoint's tensor files."""
+DEFAULT_OUT = {"safetensors": "model.safetensors", "dcp": "model-dcp"}
+"""By format; transformers and other libraries look for the first name."""
 
 
 def export(
@@ -30,9 +37,10 @@ def export(
     strip_prefix: str | None,
     every_name: bool,
     averaged: bool | None,
+    format: Literal["safetensors", "dcp"],
     force: bool,
 ) -> int:
-    """Write the module's weights to a safetensors file; returns the exit code. Skipped values are listed on stderr.
+    """Write the module's weights to a file or folder; returns the exit code. Skipped values are listed on stderr.
 
     Args:
         out: None for `DEFAULT_OUT` in the working directory.
@@ -40,7 +48,8 @@ def export(
         strip_prefix: Only the tensors whose names begin with it, without it.
         every_name: Write tied tensors under each of their names.
         averaged: The averaged weights, not the trained ones; None: if the run has validated those.
-        force: Replace an existing file.
+        format: ``dcp`` for a folder of torch.distributed.checkpoint.
+        force: Replace an existing one.
 
     Raises:
         CheckpointError: There is no valid checkpoint, or a safetensors file cannot hold its tensors.
@@ -49,8 +58,13 @@ def export(
     from sinks.format import format_bytes
 
     source = open_source(path)
-    file = Path(out or DEFAULT_OUT)
-    _check(file, force)
+    dcp: Any = importlib.import_module("trainer.cli.dcp") if format == "dcp" else None
+    file = Path(out or DEFAULT_OUT[format])
+    if dcp is None:
+        _check(file, force)
+    else:
+        every_name = True
+        dcp.check_folder(file, force=force)
     manifest, weights = _read(source, path, name, best, averaged)
     if weights.problem is not None:
         _note(f"{manifest.name}: {weights.problem}")
@@ -64,7 +78,10 @@ def export(
             f"tied tensors are written once, for safetensors.torch.load_model and from_pretrained: {pairs}; for"
             f" load_state_dict use --every-name"
         )
-    nbytes = _write(file, manifest, weights, source.path(manifest.name), every_name=every_name, force=force)
+    if dcp is None:
+        nbytes = _write(file, manifest, weights, source.path(manifest.name), every_name=every_name, force=force)
+    else:
+        nbytes = dcp.write_folder(file, weights, force=force)
     count = len(weights.names) - (0 if every_name else len(tied))
     metric = f" ({manifest.metric.name} {manifest.metric.value:.6g})" if best and manifest.metric is not None else ""
     by = f", averaged by {plain_text(weights.averaged_by)}" if weights.averaged_by is not None else ""
@@ -93,8 +110,9 @@ def _read(
         try:
             manifest = source.manifest(one)
             source.check(manifest)
-            state, tensors = (source.read(manifest, file) for file in (STATE_NAME, TENSORS_NAME))
-            return manifest, weights_in(state, tensors, source.path(one), averaged=averaged)
+            where, read = source.path(one), functools.partial(source.read, manifest)
+            tensors = StoredTensors(manifest.files, read, where)
+            return manifest, weights_in(read(STATE_NAME), tensors, where, averaged=averaged)
         except KeyError as error:  # of the manifest's files
             raise CheckpointDamaged(f"{source.path(one)}/{MANIFEST_NAME} does not list {error}") from None
         except (CheckpointDamaged, CheckpointNotFound) as error:
@@ -121,6 +139,10 @@ def _check(out: Path, force: bool) -> None:
         raise CheckpointError(f"{out.parent} is a checkpoint, which an export would damage; use another folder")
 
 
+def _tensor_bytes(manifest: Manifest) -> int:
+    return sum(entry.nbytes for name, entry in manifest.files.items() if name.endswith(".safetensors"))
+
+
 def _write(out: Path, manifest: Manifest, weights: Weights, where: str, *, every_name: bool, force: bool) -> int:
     """Write the file atomically; returns its size."""
     from sinks.format import format_bytes
@@ -130,7 +152,7 @@ def _write(out: Path, manifest: Manifest, weights: Weights, where: str, *, every
         raise CheckpointError(f"a safetensors file cannot hold {strange}; convert them in get_state()")
     metadata = metadata_of(manifest.run_id, manifest.global_step, str(manifest.name), manifest.metric)
     parts, size = weights.file(metadata, every_name=every_name)
-    stored, free = manifest.files[TENSORS_NAME].nbytes, shutil.disk_usage(out.parent).free
+    stored, free = _tensor_bytes(manifest), shutil.disk_usage(out.parent).free
     if size > _MOST_TIMES * stored:
         raise CheckpointError(
             f"{where} holds {format_bytes(stored)} under so many names that an export needs {format_bytes(size)};"

@@ -195,10 +195,10 @@ def _add_checkpoints(commands: _Commands) -> None:
     export = _add(
         actions,
         "export",
-        "write the module's weights to a safetensors file",
+        "write the module's weights to a safetensors file, or a folder of torch.distributed.checkpoint",
         "safetensors.torch.load_file returns the state dict. Tied tensors are written once, as load_model of"
         " safetensors and from_pretrained of transformers need them. The checkpoint is verified, and the file is"
-        " written atomically.",
+        " written atomically. The parts of a sharded checkpoint are put together.",
     )
     for action in (shown, verify, export):
         action.add_argument(
@@ -213,9 +213,13 @@ def _add_checkpoints(commands: _Commands) -> None:
     verify.add_argument(
         "names", nargs="*", default=[], type=_checkpoint, metavar="NAME", help="such as step-500.a1 (default: all)"
     )
+    _add_export(export)
+
+
+def _add_export(export: _Parser) -> None:
     export.rest = "out"
     export.add_argument(
-        "out", nargs="?", metavar="OUT.safetensors", help="the file to write (default: model.safetensors)"
+        "out", nargs="?", metavar="OUT.safetensors", help="the file to write (default: model.safetensors, or model-dcp)"
     )
     which = export.add_mutually_exclusive_group()
     which.add_argument(
@@ -233,7 +237,13 @@ def _add_checkpoints(commands: _Commands) -> None:
         action=argparse.BooleanOptionalAction,
         help="the weights averaged by EMA or SWA, not the trained ones (default: if the run has validated them)",
     )
-    export.add_argument("--force", action="store_true", help="replace an existing file")
+    export.add_argument(
+        "--format",
+        choices=("safetensors", "dcp"),
+        default="safetensors",
+        help="dcp: a folder with every name, which torch.distributed.checkpoint.load reads (default: safetensors)",
+    )
+    export.add_argument("--force", action="store_true", help="replace an existing file, or such a folder")
 
 
 def _add_readers(commands: _Commands) -> None:

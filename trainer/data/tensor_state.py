@@ -14,7 +14,7 @@ from events.checkpoint.tensor_file import TensorInfo, read_layout
 from events.errors import CheckpointDamaged, UnstorableState
 from trainer.distributed.local import is_split
 
-_STORED: dict[torch.dtype, tuple[str, str]] = {
+STORED: dict[torch.dtype, tuple[str, str]] = {
     torch.bool: ("BOOL", ""),
     torch.uint8: ("U8", ""),
     torch.int8: ("I8", ""),
@@ -43,8 +43,9 @@ _STORED: dict[torch.dtype, tuple[str, str]] = {
     },
 }
 """The format's name of each type, and the type's own name if its elements are stored as another type."""
-_DTYPES = {stored: dtype for dtype, stored in _STORED.items()}
-BASE_DTYPES = {name: dtype for dtype, (name, view) in _STORED.items() if not view}
+DTYPES = {stored: dtype for dtype, stored in STORED.items()}
+"""The type of each pair in `STORED`."""
+BASE_DTYPES = {name: dtype for dtype, (name, view) in STORED.items() if not view}
 """The type of each name of the format."""
 
 packing.register(torch.Size, "torch.Size", list, torch.Size)
@@ -75,14 +76,23 @@ class Collected:
         with torch.no_grad():
             self.state = packing.encode(tree, self._place)
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Entries for the tensor file's metadata."""
+        return {}
+
+    def _name(self, path: str) -> str:
+        """Return the name of the tensor at a path."""
+        while path in self._names:  # a dot in a key can make two paths equal
+            path += "'"
+        self._names.add(path)
+        return path
+
     def _place(self, path: str, value: object) -> str | None:
         if not isinstance(value, torch.Tensor):
             return None
         dtype, view = _stored_as(path, value)
-        name = path
-        while name in self._names:  # a dot in a key can make two paths equal
-            name += "'"
-        self._names.add(name)
+        name = self._name(path)
         key = None
         if value.numel():
             key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.is_conj(), value.is_neg())
@@ -148,13 +158,18 @@ def tensors_in(data: memoryview, where: str) -> dict[str, torch.Tensor]:
     """
     file = read_layout(data, where)
     try:
-        found = {name: _tensor(data, info, offset) for name, (info, offset) in file.tensors.items()}
+        found = {name: tensor_of(data, info, offset) for name, (info, offset) in file.tensors.items()}
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointDamaged(f"{where} holds an invalid tensor: {error}") from error
     return found | {alias: found[name] for alias, name in file.aliases.items()}
 
 
-def _tensor(data: memoryview, info: TensorInfo, offset: int) -> torch.Tensor:
+def tensor_of(data: memoryview, info: TensorInfo, offset: int = 0) -> torch.Tensor:
+    """Return a tensor whose elements begin at an offset; it shares the memory.
+
+    Raises:
+        CheckpointDamaged: This torch does not have its type.
+    """
     base = BASE_DTYPES[info.dtype]
     if not info.nbytes:
         tensor = torch.empty(info.shape, dtype=base, device="cpu")
@@ -163,7 +178,7 @@ def _tensor(data: memoryview, info: TensorInfo, offset: int) -> torch.Tensor:
         tensor = torch.frombuffer(data, dtype=base, count=count, offset=offset).view(info.shape)
     if not info.view:
         return tensor
-    dtype = _DTYPES.get((info.dtype, info.view))
+    dtype = DTYPES.get((info.dtype, info.view))
     if dtype is None:
         raise CheckpointDamaged(f"the tensor {info.name!r} has the type {info.view!r}, which this torch does not have")
     return torch.view_as_complex(tensor) if dtype.is_complex else tensor.view(dtype)
@@ -176,14 +191,16 @@ def _stored_as(path: str, tensor: torch.Tensor) -> tuple[str, str]:
     elif tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
         problem = "is sparse, nested or quantized; return it from get_state() in parts, as plain tensors"
     elif is_split(tensor):
-        problem = "is divided among ranks; return its full_tensor() from get_state(), on every rank"
+        problem = (
+            "is divided among ranks; return it from get_state(), or its full_tensor() from an observer's state_dict()"
+        )
     elif tensor.is_meta:
         problem = "is on the meta device and has no elements"
-    elif tensor.dtype not in _STORED:
+    elif tensor.dtype not in STORED:
         problem = f"has the type {tensor.dtype}, for which tensor files have no name; convert it in get_state()"
     if problem is not None:
         raise UnstorableState(f"the tensor {path} cannot be stored in a checkpoint: it {problem}")
-    return _STORED[tensor.dtype]
+    return STORED[tensor.dtype]
 
 
 def _dtype_named(name: str) -> torch.dtype:

@@ -1,13 +1,17 @@
-"""The state of the other ranks in rank 0's checkpoints: random generators, and places in dataloaders."""
+"""What the ranks tell each other about their checkpoints, through the store of the process group."""
 
 from __future__ import annotations
 
 import pickle
+import threading
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import msgspec
+
+from events.checkpoint.shards import Begun, Left, Written
 from events.checkpoint.snapshot import LazyPart, Part
 from events.log import in_this_run, logger
 from events.tracebacks import describe
@@ -24,7 +28,6 @@ class RankStates:
     """Sends the state of this rank to rank 0, whose writer waits for it; no loop does.
 
     Each rank takes a checkpoint at the same places in training, and names its state by the place.
-
     """
 
     def __init__(self, world: World) -> None:
@@ -67,3 +70,61 @@ class RankStates:
                 return part_of(None)
 
         return read
+
+
+class Mail:
+    """The messages of this rank about its sharded checkpoints, and those of the others. On the loop's thread."""
+
+    def __init__(self, world: World) -> None:
+        self._rank = world.rank
+        self._store = world.store
+        self._connections = threading.local()  # a connection waits for one answer at a time
+        self._sent: deque[str] = deque()
+        self.box = Box(self, "")
+        """Of the present checkpoint."""
+
+    def open(self, place: str) -> None:
+        """Begin the messages about a checkpoint, which the other ranks name alike."""
+        self.box = Box(self, f"save/{place}")
+
+    def send(self, message: Begun | Written | Left) -> None:
+        """Send a message about the present checkpoint."""
+        self.box.send(message)
+
+    def set(self, checkpoint: str, value: bytes) -> None:
+        """Set the message of this rank about a checkpoint. Any thread."""
+        key = f"{checkpoint}/{self._rank}"
+        self._connection.set(key, value)
+        if key not in self._sent:
+            self._sent.append(key)
+            if len(self._sent) > 2 * _KEPT:
+                self._connection.delete_key(self._sent.popleft())
+
+    def get(self, checkpoint: str, rank: int) -> bytes | None:
+        """Return the message of a rank about a checkpoint, if there is one. Any thread."""
+        key = f"{checkpoint}/{rank}"
+        return self._connection.get(key) if self._connection.check([key]) else None
+
+    @property
+    def _connection(self) -> Any:
+        if (own := getattr(self._connections, "store", None)) is None:
+            own = self._connections.store = self._store.clone()
+        return own
+
+
+_messages = msgspec.json.Decoder(Begun | Written | Left)
+
+
+class Box:
+    """See `events.checkpoint.shards.Mailbox`."""
+
+    def __init__(self, mail: Mail, checkpoint: str) -> None:
+        self._mail = mail
+        self._checkpoint = checkpoint
+
+    def send(self, message: Begun | Written | Left) -> None:
+        self._mail.set(self._checkpoint, msgspec.json.encode(message))
+
+    def look(self, rank: int) -> Begun | Written | Left | None:
+        data = self._mail.get(self._checkpoint, rank)
+        return None if data is None else _messages.decode(data)

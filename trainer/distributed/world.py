@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import importlib
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -209,6 +210,8 @@ def opened(arguments: TrainerArguments, environment: Mapping[str, str] = os.envi
         world.store = dist.distributed_c10d._get_default_store()
     try:
         world.decisions = dist.new_group(backend="gloo", timeout=timeout)
+        if not joins:  # an earlier run may have left keys in it
+            world.store = dist.PrefixStore(world.share(f"stagecast/{secrets.token_hex(8)}"), world.store)
         world.together(lambda: arguments.of_rank(world.size))
         yield world
     finally:

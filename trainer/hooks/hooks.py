@@ -182,6 +182,12 @@ class CallbackHooks:
                 if lane is Lane.FENCED:
                     self.fenced.add(kind)
 
+    @property
+    def has_observer_on_rank_0(self) -> bool:
+        """Whether a hook of a training run is not inline, so that rank 0 has an observer for it."""
+        names = overridden_hooks(self.callback).keys() & HOOKS_OF_TASK["train"]
+        return any(EVENT_OF_HOOK[name] not in self.inline for name in names)
+
     def leave_observers(self) -> set[type[Event]]:
         """Keep the hooks for which the loop waits: those that only observe run on rank 0, unless the delivery says all.
 

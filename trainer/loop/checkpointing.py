@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from events.bus.fence import Fence
 from events.checkpoint.manifest import CheckpointName, Metric
 from events.checkpoint.packing import check_readable
 from events.checkpoint.settings import Checkpoints
+from events.checkpoint.shards import RankPart
 from events.checkpoint.snapshot import READER, LatePart, LazyPart, Snapshot
 from events.errors import CheckpointsFailing, UnstorableState
 from events.log import logger
@@ -24,12 +24,11 @@ from trainer.checkpoint.position import Position
 from trainer.checkpoint.slab import Slab, SlabPool
 from trainer.checkpoint.staging import Stager
 from trainer.data.tensor_state import Collected
-from trainer.distributed.saved import RankStates
 from trainer.errors import add_note
 from trainer.hooks.capture import EpochOutputs
 from trainer.loop.attempt import Attempt
 from trainer.loop.optimization import Optimization
-from trainer.loop.run_state import late_tensors, rank_state, run_state, stateful
+from trainer.loop.run_state import late_tensors, run_state, stateful
 
 PREPARING, TAKING = "preparing checkpoints", "taking a checkpoint"
 _ANNOUNCE_WAIT_S = 5.0
@@ -69,11 +68,6 @@ class Checkpointing:
         self._last_place: tuple[Any, ...] = ()
         self._failures = 0
 
-    @functools.cached_property
-    def _ranks(self) -> RankStates | None:
-        world = self._attempt.world
-        return RankStates(world) if self.settings is not None and world.size > 1 else None
-
     @property
     def enabled(self) -> bool:
         """Whether the run takes checkpoints."""
@@ -103,14 +97,15 @@ class Checkpointing:
             return
         for callback in stateful(self._attempt):
             if callback.is_essential:  # any other is only disabled when it fails
+                collected = Collected if callback.has_observer_on_rank_0 else self._collected
                 try:
-                    check_readable(Collected({callback.name: callback.state_dict()}).state, callback.name)
+                    check_readable(collected({callback.name: callback.state_dict()}).state, callback.name)
                 except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
                     add_note(error, f"raised by {callback.name}.state_dict")
                     self._attempt.fail_hook(callback, "state_dict", error)
-        if self._attempt.world.leads:
+        if self._copies:
             self._pool = SlabPool(self._attempt.device, self._attempt.ring.cpu_time)
-        check_readable(Collected(self._tree()).state, "the state of the run")
+        check_readable(self._collected(self._tree()).state, "the state of the run")
         self.due.start(self._attempt.origin.global_step, clock())
 
     def release(self) -> None:
@@ -128,7 +123,7 @@ class Checkpointing:
         if not self._prepared and self._pool is not None:
             self._prepared = True
             with self._attempt.ledger.within("checkpoint"), self._attempt.within(PREPARING):
-                self._pool.prepare(self.stager.lay_out(Collected(self._tree())))
+                self._pool.prepare(self.stager.lay_out(self._collected(self._tree())))
         return self._take_for(self.due.after_step(self._attempt.origin.global_step, clock(), last=last))
 
     def after_validation(self) -> None:
@@ -189,13 +184,9 @@ class Checkpointing:
             BaseException: The run was cancelled during the wait.
         """
         settings, pool = self.settings, self._pool
-        if settings is not None and self._ranks is not None:
-            self._ranks.send(self._place, lambda: rank_state(self._attempt, self.position, self.loader))
         if settings is None:
             return None
-        if pool is None:  # rank 0 writes it
-            self._follow()
-            return None
+        assert pool is not None
         with self._attempt.ledger.within("checkpoint"), self._attempt.within(TAKING):
             try:
                 return self._take(settings, pool, reasons, list(command_ids), must)
@@ -205,14 +196,10 @@ class Checkpointing:
     def _take(
         self, settings: Checkpoints, pool: SlabPool, reasons: list[str], command_ids: list[str], must: bool
     ) -> Fence | None:
-        began, attempt = clock(), self._attempt
+        began = clock()
         slab = self._wait_for_slab(pool, must or settings.when_busy == "wait")
         if slab is None:
-            writing = [str(one.name) for one in self._snapshots if not one.released]
-            attempt.ring.publish(CheckpointSkipped(*attempt.origin.header(), reasons=reasons, writing=writing))
-            if command_ids:
-                why = "the run is to stop without a checkpoint, and those before it are still being written"
-                self.refuse(command_ids, why)
+            self._skip(reasons, command_ids)
             return None
         try:
             return self._stage(settings, pool, slab, reasons, command_ids, began)
@@ -223,6 +210,17 @@ class Checkpointing:
         except BaseException:
             pool.give_back(slab)
             raise
+
+    def _skip(self, reasons: list[str], command_ids: list[str]) -> None:
+        """Skip a checkpoint, because both copies in memory are being written."""
+        origin = self._attempt.origin
+        writing = [str(one.name) for one in self._snapshots if not one.released]
+        self._attempt.ring.publish(
+            CheckpointSkipped(*origin.header(), reasons=reasons, writing=writing, busy_rank=origin.rank)
+        )
+        if command_ids:
+            why = "the run is to stop without a checkpoint, and those before it are still being written"
+            self.refuse(command_ids, why)
 
     def _stage(
         self,
@@ -236,7 +234,7 @@ class Checkpointing:
         attempt, optimization = self._attempt, self._optimization
         assert optimization is not None
         with attempt.averaging.withdrawn(self.stager.gate), optimization.evaluation(self.stager.gate):
-            collected = Collected(self._tree())
+            collected = self._collected(self._tree())
             staged = self.stager.copy(collected, slab, late_tensors(attempt, optimization))
         parts, owners = self._parts()
         attempt.control.raise_if_failed()  # the parts lack a fatal callback that has just failed
@@ -254,6 +252,7 @@ class Checkpointing:
             state=collected.state,
             parts=parts,
             owners=owners,
+            rank=self._part_of_rank(collected),
             wait=staged.wait,
             give_back=lambda: pool.give_back(slab),
         )
@@ -290,6 +289,19 @@ class Checkpointing:
         revision = last.name.revision + 1 if last is not None and last.name.step == origin.global_step else 1
         return CheckpointName(origin.global_step, origin.attempt, revision)
 
+    @property
+    def _copies(self) -> bool:
+        """Whether this rank copies state of the run."""
+        return True
+
+    def _collected(self, tree: object) -> Collected:
+        """Divide a state into the tensors to copy and the rest."""
+        return Collected(tree)
+
+    def _part_of_rank(self, collected: Collected) -> RankPart | None:
+        """Describe the copy, if it is that of one rank of several."""
+        return None
+
     def _tree(self) -> dict[str, Any]:
         assert self._optimization is not None
         return run_state(self._attempt, self._optimization, self.position, self.loader)
@@ -307,10 +319,8 @@ class Checkpointing:
         ring = self._attempt.ring
         parts: dict[str, LatePart | LazyPart] = {"readings": LatePart(lambda: not ring.alive)}
         owners = {READER: "readings"}
-        if self.outputs is not None and self.position.phase != "begin" and self._ranks is None:
+        if self.outputs is not None and self.position.phase != "begin":
             parts["outputs"] = LazyPart(self.outputs.part())
-        if self._ranks is not None:
-            parts |= self._ranks.parts(self._place)
         for number, callback in enumerate(stateful(self._attempt)):
             if callback.observed:
                 part = owners[callback.name] = f"callback-{number}"

@@ -11,6 +11,7 @@ from trainer.checkpoint.position import RANK_FIELDS, SAVED_FIELDS, Position
 from trainer.data.loaders import has_state
 from trainer.data.rng import capture_rng
 from trainer.data.tensors import map_tensors
+from trainer.distributed.local import local
 from trainer.errors import add_note
 from trainer.hooks.hooks import CallbackHooks
 from trainer.loop.attempt import Attempt
@@ -55,10 +56,10 @@ def late_tensors(attempt: Attempt, optimization: Optimization) -> set[int]:
     """Return the device addresses of tensors that only the optimizers change."""
     if attempt.device.type != "cuda":
         return set()
-    found = {parameter.data_ptr() for parameter in attempt.module.parameters()}
+    found = {local(parameter).data_ptr() for parameter in attempt.module.parameters()}
     for optimizer in optimization.optimizers:
         for state in optimizer.state.values():
-            found.update(value.data_ptr() for value in state.values() if isinstance(value, torch.Tensor))
+            found.update(local(value).data_ptr() for value in state.values() if isinstance(value, torch.Tensor))
     return found
 
 
@@ -71,10 +72,10 @@ def _place(position: Position, loader: Any) -> dict[str, Any]:
 
 
 def _inline_states(attempt: Attempt) -> list[dict[str, Any]]:
-    """Return the states of callbacks all of whose hooks run on this thread."""
+    """Return the states of callbacks all of whose hooks run on this thread: on every rank the same callbacks."""
     states: list[dict[str, Any]] = []
     for callback in stateful(attempt):
-        if not callback.observed:
+        if not callback.has_observer_on_rank_0:
             try:
                 states.append(callback.saved_state())
             except Exception as error:  # a supervisor's border: reported, and raised unless it only disables

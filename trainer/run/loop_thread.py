@@ -75,7 +75,7 @@ class LoopThread:
             attempt.module,
             *(one.callback for one in attempt.hooks.callbacks if one.callback is not attempt.module),
         ]
-        self._checkpoints = Checkpointing(attempt, attempt.plan.settings if attempt.task == "train" else None)
+        self._checkpoints = self._make_checkpoints()
         self._boundary = Boundary(attempt, self._checkpoints)
         self.task = Task(self._boundary)
         self._thread: threading.Thread | None = None
@@ -227,6 +227,15 @@ class LoopThread:
                     add_note(error, f"raised by {callback.name}.around_run")
                     attempt.fail_hook(callback, "around_run", error)
 
+    def _make_checkpoints(self) -> Checkpointing:
+        attempt = self._attempt
+        settings = attempt.plan.settings if attempt.task == "train" else None
+        if not attempt.world.is_distributed:
+            return Checkpointing(attempt, settings)
+        from trainer.distributed.checkpointing import checkpointing_of  # late, because a single process needs it not
+
+        return checkpointing_of(attempt, settings)
+
     def _claim(self) -> None:
         """Make the module and the callbacks log to this run."""
         with _claim_lock:
@@ -318,7 +327,8 @@ class LoopThread:
             if others := state.keys() - names:
                 logger.warning(f"weights.safetensors lacks {', '.join(sorted(others))}, which is not a tensor")
             with self._attempt.averaging.applied(self._checkpoints.stager.gate):
-                self.weights = names if best else part_of({name: state[name] for name in names})
+                by_name = best or self._attempt.world.shards  # the writer reads them from a checkpoint
+                self.weights = names if by_name else part_of({name: state[name] for name in names})
         except Exception as error:  # the loop's border: a finished run does not fail without this file
             text, header = describe(error), self._attempt.origin.header()
             self._attempt.ring.publish(

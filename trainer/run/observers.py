@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -17,6 +18,7 @@ from events.bus.observer import Observer
 from events.bus.pump import Pump
 from events.bus.supervisor import Supervisor, health_at_end, report_observers
 from events.bus.target import SinkTarget
+from events.checkpoint.files import CHECKPOINTS_DIR
 from events.journal.writer import Journal
 from events.log import RunLog, show_problems
 from events.messages import CheckpointFailed, CheckpointStaged, ObserverFailed, ObserversReported
@@ -144,16 +146,22 @@ class Observers:
             times_s = self._arguments.drain_timeout_s, self._arguments.ledger_interval_s
             self.host = process.SinkHost(self._info, hosted, self._ring, *times_s, self.on_fatal)
 
-    def add_checkpoints(self, module: ModuleInterface, weights: Callable[[], Any]) -> None:
+    def add_checkpoints(self, module: ModuleInterface, weights: Callable[[], Any], *, divided: bool) -> None:
         """Add the observers that write checkpoints, and upload them.
 
         Args:
             weights: Returns the weights to keep at the end of the run; None if there are none.
+            divided: Every rank writes its part; else rank 0 writes all.
         """
         plan, ring, kind = self._plan, self._ring, type(module)
-        if plan.settings is None or plan.store is None:
+        if plan.settings is None:
             return
         sinks: Any = importlib.import_module("sinks.checkpoints.writer")
+        if plan.store is None:  # of another rank
+            if divided and self._info.run_dir is not None:
+                part = sinks.RankWriter(Path(self._info.run_dir) / CHECKPOINTS_DIR, plan.settings.end_timeout_s)
+                self._checkpoints.append(self._supervisor.add("checkpoints", part, sinks.WRITER_DELIVERY))
+            return
         self.writer = writer = sinks.CheckpointWriter(
             plan.store,
             plan.settings,

@@ -71,12 +71,13 @@ class RunPlace:
         return self.run_id, run_dir, self.settings, resume, self.init_from
 
     def check_shared(self) -> None:
-        """Check that every rank sees the folder, if the run may resume from it. WAIT: for all ranks.
+        """Check that every rank sees the folder, if it reads or writes there. WAIT: for all ranks.
 
         Raises:
             RunFolderError: This rank does not see it, or sees another one.
         """
-        if self.resume is None or self.run_dir is None:
+        writes = self.world.shards and self.settings is not None
+        if self.run_dir is None or (self.resume is None and not writes):
             return
         world, token = self.world, self.run_dir / _TOKEN_NAME
         if world.leads:

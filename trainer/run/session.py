@@ -123,8 +123,8 @@ class Session:
             self._attempt = Attempt(task, module, arguments, device, precision, *parts)
             self.loop = LoopThread(self._attempt)
             self._ranks = self._join_ranks(opened) if place.world.size > 1 else None
-            if task == "train" and place.world.leads:
-                self.observers.add_checkpoints(module, lambda: self.loop.weights)
+            if task == "train":
+                self.observers.add_checkpoints(module, lambda: self.loop.weights, divided=place.world.shards)
             self._write_settings()
             self.loop.task.on_started = log.start
             log.begin(self.observers.has_console)

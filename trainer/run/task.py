@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from events.tracebacks import describe
 from trainer.checkpoint.fit import takes_state_by_default
 from trainer.checkpoint.loaded import Loaded
 from trainer.checkpoint.position import Position
+from trainer.checkpoint.resume import Search
 from trainer.data.loaders import as_val_loaders, has_state, sequential_sampler
 from trainer.data.rng import RngState, capture_rng, restore_rng, seed_everything, seeded_rng
 from trainer.data.tensors import clone_tensors
 from trainer.distributed.ending import ends_of
+from trainer.distributed.reading import read_together
 from trainer.distributed.sharding import Shard, seed_for
 from trainer.distributed.strategy import prepare
-from trainer.errors import ArgumentsError, ContractError, add_note
+from trainer.errors import ContractError, add_note
 from trainer.loop.boundary import Boundary
 from trainer.loop.checkpointing import PREPARING
 from trainer.loop.evaluation import Evaluation
@@ -62,11 +65,14 @@ class Task:
     def train(self) -> None:
         """Train, from the checkpoint if there is one."""
         attempt = self._attempt
+        if attempt.world.shards:  # first, so that a rank reads no more than its part
+            self._distribute()
         loaded = self._load()
         if loaded is None:
             attempt.phase = "reading the weights to start from"
-            attempt.plan.load_weights(attempt.module)
-        self._distribute()
+            attempt.plan.load_weights(attempt.module, self._read_together)
+        if not attempt.world.shards:
+            self._distribute()
         feed = self._make_feed()
         try:
             loop, optimization = self._prepare(feed, loaded)
@@ -87,11 +93,6 @@ class Task:
         if not world.is_distributed:
             return
         attempt.phase = "distributing the module"
-        if world.shards and (self._checkpoints.settings is not None or self._loaded is not None):
-            raise ArgumentsError(
-                "strategy='fsdp' neither saves checkpoints nor resumes from them; set checkpoints=False, and init_from="
-                " to start from weights"
-            )
         attempt.strategy = world.together(lambda: prepare(attempt.module, world, attempt.arguments, attempt.device))
         seed = attempt.arguments.seed
         seed = world.share(torch.initial_seed() if seed is None else seed)
@@ -218,14 +219,16 @@ class Task:
 
     def _read(self) -> Loaded | None:
         """Read the checkpoint to resume from: rank 0 chooses it for all ranks."""
-        plan, world = self._attempt.plan, self._attempt.world
-        if world.size == 1:
-            return plan.load(self._reject)
-        loaded = world.together(lambda: plan.load(self._reject) if world.leads else None)
-        folder = world.share(loaded.folder.absolute() if loaded is not None else None)
-        if folder is None:
-            return None
-        return world.together(lambda: loaded if loaded is not None else Loaded(folder))
+        return self._read_together(lambda read: self._attempt.plan.load(self._reject, read))
+
+    def _read_together(self, search: Search) -> Loaded | None:
+        """Return the checkpoint that a search on rank 0 finds, read by every rank of the run."""
+        world, module = self._attempt.world, self._attempt.module
+
+        def read(folder: Path) -> Loaded:
+            return Loaded(folder, module, world.data_rank)
+
+        return search(read) if world.size == 1 else read_together(world, read, search)
 
     def _reject(self, name: str, error: Exception) -> None:
         self._rejected.append((name, describe(error)))
@@ -241,6 +244,7 @@ class Task:
         attempt, scaler = self._attempt, self._attempt.precision.scaler
         attempt.phase = "restoring the checkpoint"
         if not attempt.arguments.reset_optimizers_schedulers:
+            loaded.read_optimizers(optimization.optimizers)
             optimization.load_state_dict(loaded.optimization, str(loaded.folder))
             if scaler is not None and loaded.state["scaler"] is not None:
                 scaler.load_state_dict(checked_scaler(scaler, loaded.state["scaler"], str(loaded.folder)))
@@ -253,8 +257,8 @@ class Task:
     def validate(self) -> None:
         """Validate once, with the weights of a checkpoint or a file if there is one."""
         attempt, module = self._attempt, self._attempt.module
-        weights = self._load_weights("validated")
         self._shard()
+        weights = self._load_weights("validated")
         loaders = self._evaluated("get_val_dataloaders", module.get_val_dataloaders, "validate")
         attempt.recorder.begin_validation(attempt.origin.global_step)
         with weights:
@@ -262,8 +266,8 @@ class Task:
 
     def test(self) -> None:
         """Test, with the weights of a checkpoint or a file if there is one."""
-        weights = self._load_weights("tested")
         self._shard()
+        weights = self._load_weights("tested")
         loaders = self._evaluated("get_test_dataloaders", self._attempt.module.get_test_dataloaders, "test")
         with weights:
             self.outputs = self._make_evaluation().run(Stage.TEST, loaders, None, keep=True)
@@ -281,7 +285,7 @@ class Task:
             loaded.restore_module(module, averaged=attempt.averaging.wanted)
             attempt.origin.global_step, attempt.origin.epoch = loaded.global_step, loaded.epoch
             loaded.forget()
-        as_it_is = loaded is None and not plan.load_weights(module)
+        as_it_is = loaded is None and not plan.load_weights(module, self._read_together)
         if as_it_is and plan.resumes:
             logger.warning(f"there is no checkpoint to resume from: the module is {what} as it is")
         module.current_epoch = attempt.origin.epoch
