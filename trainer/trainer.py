@@ -12,7 +12,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import RunCancelled
@@ -48,7 +47,7 @@ from trainer.run.checks import (
 )
 from trainer.run.context import RunContext
 from trainer.run.observers import Callback, SinkLike, split
-from trainer.run.place import RunPlace
+from trainer.run.place import RunPlace, is_within
 from trainer.run.record import RunRecord, factory_config, plain_config
 from trainer.run.session import Session, console, in_turn, new_run_id
 
@@ -299,7 +298,7 @@ class Trainer:
             ArgumentsError: the id is the run's address in the remote store, and the folder does not have it.
         """
         run_dir, settings = self._run_dir, self._checkpoints
-        if run_dir is None or resume is None or not _is_within(resume, run_dir):
+        if run_dir is None or resume is None or not is_within(resume, run_dir):
             return None
         run_id = run_id_of(run_dir)
         if run_id is None and isinstance(settings, Checkpoints) and settings.upload is not None:
@@ -359,16 +358,6 @@ def _whole(what: str, result: RunResult) -> RunResult:
 
 relocating: ContextVar[bool] = ContextVar("stagecast_relocating", default=False)
 """Set while a factory builds the trainer that `relocate` is going to place."""
-
-
-def _is_within(resume: str | os.PathLike[str], run_dir: str | os.PathLike[str]) -> bool:
-    """Whether ``resume`` means something in the run's own folder."""
-    if resume in KEYWORDS or CheckpointName.parse(os.fspath(resume)) is not None:
-        return True
-    try:
-        return "://" not in os.fspath(resume) and Path(resume).resolve().is_relative_to(Path(run_dir).resolve())
-    except (OSError, ValueError):
-        return False  # opening it raises the reason
 
 
 def relocate(trainer: Trainer, run_id: str | None, run_dir: str | None, resume: str | None) -> None:

@@ -101,7 +101,7 @@ class LocalConnection:
         self._session.control.send(command)
 
     def events(self, since: int | None, types: Iterable[type[Event]] | None) -> EventStream:
-        return LocalEventStream(self._session.pump, since, types)
+        return LocalEventStream(self._session.observers.pump, since, types)
 
     async def result(self) -> RunResult:
         await self._session.finished.wait()

@@ -55,6 +55,7 @@ class Observers:
     """The observers of an attempt. In the event loop, except where another thread is named.
 
     Attributes:
+        pump: The loop's events on their way to the observers.
         host: The process in which sinks run (`sinks.host.process.SinkHost`); None if none does.
         writer: Writes checkpoints; None if the run takes none.
     """
@@ -71,7 +72,7 @@ class Observers:
     ) -> None:
         self.host: Any = None
         self.writer: Any = None
-        self._pump = pump
+        self.pump = pump
         self._ring = pump.ring
         self._info = info
         self._plan = plan
@@ -140,7 +141,7 @@ class Observers:
                         unlink_below(self._info.run_dir, child.Place.file(observer.name))
             else:
                 name = self._supervisor.take_name(name)
-                hosted.append(child.HostedSink.of(name, described, delivery, self._pump.last_seq))
+                hosted.append(child.HostedSink.of(name, described, delivery, self.pump.last_seq))
         if hosted:
             process: Any = importlib.import_module("sinks.host.process")
             times_s = self._arguments.drain_timeout_s, self._arguments.ledger_interval_s
@@ -312,13 +313,13 @@ class Observers:
         else:
             add(await self._drain_with_host(self.host, sinks, timeout_s))
         self._publish_ends(reports)
-        await self._pump.drain()
-        self._shown = self._pump.health.problems if self._consoles else []  # by the time a console is closed
+        await self.pump.drain()
+        self._shown = self.pump.health.problems if self._consoles else []  # by the time a console is closed
         self._log.leave_console(failed=False)
         await drain(self._consoles, timeout_s)
         await drain([self._journal] if self._journal is not None else [], timeout_s)
-        await self._pump.drain()
-        self._pump.close()
+        await self.pump.drain()
+        self.pump.close()
         return reports
 
     def end(self) -> None:
@@ -327,7 +328,7 @@ class Observers:
 
     def problems(self, reports: list[ObserverReport], *, on_stderr: bool) -> list[str]:
         """What is unhealthy about the run, at its very end; problems that no console has shown go to stderr."""
-        health, consoles = self._pump.health, {observer.name for observer in self._consoles}
+        health, consoles = self.pump.health, {observer.name for observer in self._consoles}
         ends = [health_at_end(report) for report in reports]
         health.add(ObserversReported(*self._ring.origin.header(), observers=ends))
         unseen = any(report.state != "closed" for report in reports if report.observer in consoles)
@@ -351,7 +352,7 @@ class Observers:
 
         async with anyio.create_task_group() as both:
             both.start_soon(drain_here)
-            await self._pump.drain()
+            await self.pump.drain()
             with anyio.move_on_after(min(timeout_s, _JOURNAL_WAIT_S)):
                 while not self.journal_settled():  # noqa: ASYNC110  # nothing reports it
                     await anyio.sleep(_SETTLE_S)
@@ -371,7 +372,7 @@ class Observers:
     def _publish_ends(self, reports: list[ObserverReport]) -> None:
         """Publish how the drained observers have ended, unless all have received everything."""
         lost = any(one.state != "closed" or one.left or one.dropped for one in reports)
-        if lost or self._pump.health.has_failing_observers:
+        if lost or self.pump.health.has_failing_observers:
             header, ends = self._ring.origin.header(), [health_at_end(one) for one in reports]
             self._ring.publish(ObserversReported(*header, observers=ends))
 

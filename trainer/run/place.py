@@ -10,12 +10,13 @@ from typing import Any, Final
 
 import msgspec
 
+from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import RunFolderError
 from events.log import Warned, collecting
 from events.run.folder import RunFolder
-from trainer.checkpoint.fetch import fetch_for
+from trainer.checkpoint.fetch import KEYWORDS, fetch_for
 from trainer.checkpoint.init_from import InitFrom
 from trainer.distributed.world import SINGLE, World
 
@@ -122,3 +123,13 @@ class RunPlace:
         if self.resume != "auto":
             return self.resume is not None
         return self.run_dir is not None and any(CheckpointStore(self.run_dir / CHECKPOINTS_DIR).candidates())
+
+
+def is_within(resume: str | os.PathLike[str], run_dir: str | os.PathLike[str]) -> bool:
+    """Whether ``resume`` means something in the run's own folder."""
+    if resume in KEYWORDS or CheckpointName.parse(os.fspath(resume)) is not None:
+        return True
+    try:
+        return "://" not in os.fspath(resume) and Path(resume).resolve().is_relative_to(Path(run_dir).resolve())
+    except (OSError, ValueError):
+        return False  # opening it raises the reason

@@ -106,12 +106,12 @@ class Session:
             logging.enter_context(logging_for(ring.origin))  # threads that are started here log for this run
             policy = NonFinitePolicy(ring, control, stops=arguments.non_finite == "stop")
             readback = DeviceReadback(policy.on_loss, policy.on_gradient)
-            self.pump = self._make_pump(ring, readback, seq, has_journal=journal is not None)
-            log = self._open_log(opened, unused)
+            pump = self._make_pump(ring, readback, seq, has_journal=journal is not None)
+            log = self._open_log(ring, opened, unused)
             media = MediaWriter(self.folder.path if self.folder is not None else None, ring.publish, ring.origin)
             recorder = MetricRecorder(ring, media, module)
             info = RunInfo(place.run_id, number, place.world.rank, place.shown_dir, interactive)
-            self.observers = Observers(self.pump, info, plan, control, arguments, log, media)
+            self.observers = Observers(pump, info, plan, control, arguments, log, media)
             unused.callback(self.observers.discard)
             self.observers.add_journal(journal)
             members, called = [(module, None), *map(split, callbacks)], HOOKS_OF_TASK[task]
@@ -138,7 +138,7 @@ class Session:
     @property
     def ring(self) -> Ring:
         """The loop's side of the bus."""
-        return self.pump.ring
+        return self.observers.pump.ring
 
     @property
     def control(self) -> Control:
@@ -199,14 +199,14 @@ class Session:
         history = 0 if has_journal else _HISTORY
         return Pump(ring, readback=readback, history=history, first_seq=seq + 1, journal=written)
 
-    def _open_log(self, opened: contextlib.ExitStack, unused: contextlib.ExitStack) -> RunLog:
-        log = RunLog(self.origin, self.ring.publish)
+    def _open_log(self, ring: Ring, opened: contextlib.ExitStack, unused: contextlib.ExitStack) -> RunLog:
+        log = RunLog(ring.origin, ring.publish)
         opened.callback(log.end)
         unused.callback(log.leave_console, failed=True)
         return log
 
     def _make_sampler(self, interval_s: float | None) -> SystemSampler | None:
-        return SystemSampler(interval_s, self.pump, self.run_dir) if interval_s is not None else None
+        return SystemSampler(interval_s, self.observers.pump, self.run_dir) if interval_s is not None else None
 
     def _write_settings(self) -> None:
         if self.folder is not None:
@@ -254,7 +254,7 @@ class Session:
             ranks = self._ranks
             try:
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(outliving, self.pump.run, name="stagecast bus")
+                    tasks.start_soon(outliving, self.observers.pump.run, name="stagecast bus")
                     self.observers.start(tasks)
                     if self._inbox is not None:
                         self._inbox.start()
