@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.otlp_receiver import free_port
 from support.ranks import StartRanks
-from support.shared_runs import CASES, check_same, train
+from support.shared_runs import CASES, Case, check_same, train
 from support.training import read_journal
 
 from events.messages import RunStarted, TrainStepEnded
@@ -65,3 +66,13 @@ def test_ranks_train_what_one_process_trains(
     assert [step.rows for step in steps[:13]] == [16] * 12 + [11]
     assert sum(isinstance(event, RunStarted) for event in events) == 1
     assert json.loads((folder / "arguments.json").read_text())["strategy"] == "auto"
+
+
+def test_a_group_of_one_rank_trains_what_a_process_alone_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = train(Case(rows=77), tmp_path / "alone")  # the last micro-batch of an epoch has a single row
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", **address}.items():
+        monkeypatch.setenv(name, value)
+    check_same(alone, train(Case(rows=77), tmp_path / "ddp", strategy="ddp"), "ddp")

@@ -105,7 +105,7 @@ class Task:
             self._distribute()
 
     def _make_feed(self) -> Feed:
-        if self._attempt.world.size == 1:
+        if self._attempt.strategy is None:
             return Feed(self._boundary)
         from trainer.distributed.feed import RankFeed  # late, because a single process does not need it
 
