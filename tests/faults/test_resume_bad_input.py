@@ -166,12 +166,12 @@ def test_a_checkpoint_of_a_later_version_is_not_skipped(run_dir: Path, resume: s
     path = run_dir / "checkpoints" / "step-8.a1" / MANIFEST_NAME
 
     def later(manifest: dict[str, Any]) -> None:
-        manifest["format"] = 2
+        manifest["format"] = 3
         manifest["files"] = ["in", "another", "form"]
 
     rewrite(path, later)
     one = prepare(Case(), run_dir, resume=resume)
-    with pytest.raises(CheckpointTooNew, match=rf"{path}.*has format 2.*reads formats up to 1.*a later one"):
+    with pytest.raises(CheckpointTooNew, match=rf"{path}.*has format 3.*reads formats up to 2.*a later one"):
         one.trainer.train()
     assert one.net.losses == []
     last = attempt(Case(), run_dir, resume="step-5.a1")

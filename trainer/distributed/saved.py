@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import msgspec
 
 from events.checkpoint.shards import Begun, Left, Written
 from events.checkpoint.snapshot import LazyPart, Part
+from events.errors import UnstorableState
 from events.log import in_this_run, logger
 from events.tracebacks import describe
 from trainer.data.tensor_state import part_of
@@ -22,6 +22,9 @@ _KEPT = 4
 """States of a rank that stay in the store: rank 0 writes two checkpoints at a time."""
 _WAIT = timedelta(seconds=30)
 """How long rank 0's writer waits for a state, after which the checkpoint lacks it."""
+
+
+_part = msgspec.msgpack.Decoder(Part | str)
 
 
 class RankStates:
@@ -43,7 +46,11 @@ class RankStates:
         key = f"state/{world.rank}/{place}"
         if key in self._sent:
             return
-        world.store.set(key, pickle.dumps(make()))
+        try:
+            value: Part | str = part_of(make())
+        except UnstorableState as error:  # rank 0 logs it
+            value = str(error)
+        world.store.set(key, msgspec.msgpack.encode(value))
         self._sent.append(key)
         if len(self._sent) > _KEPT:
             world.store.delete_key(self._sent.popleft())
@@ -60,8 +67,10 @@ class RankStates:
             try:
                 own = store.clone()  # a connection waits for one answer at a time
                 own.wait([key], _WAIT)
-                # Written by our own process on the other rank.
-                return part_of(pickle.loads(own.get(key)))
+                part = _part.decode(own.get(key))
+                if isinstance(part, str):
+                    raise UnstorableState(part)
+                return part
             except Exception as error:  # a border: the weights are worth more than this
                 logger.warning(
                     f"a checkpoint lacks the random generators of rank {rank}, so a run that resumes from it is not"
