@@ -75,18 +75,17 @@ found["name"] = type(made).__qualname__, type(made).__module__
 torch.save(found, f"others-{rank}.pt")
 mistakes = {}
 
-def attempt(name, module, strategy, checkpoints=False, **more):
+def attempt(name, module, strategy, **more):
     try:
         arguments = module.case.arguments(strategy=strategy, **more)
         folder = f"bad-{name}-{rank if strategy == 'single' else 0}"
-        Trainer(module, arguments, sinks=[], checkpoints=checkpoints, run_dir=folder).train()
+        Trainer(module, arguments, sinks=[], checkpoints=False, run_dir=folder).train()
     except Exception as error:
         mistakes[name] = [type(error).__name__, str(error)]
 
 attempt("units", Classifier(Case(rows=16)), Fsdp(units=["Linear", "Block"]))
 attempt("copies", Classifier(Case(rows=16)), Fsdp(replicate=3))
 attempt("manual", Classifier(Case(rows=16, manual=True, micro=16)), "fsdp")
-attempt("checkpoints", Classifier(Case(rows=16)), strategy, True)
 attempt("other", made, "single")
 attempt("none", Classifier(Case(rows=16, leaves=99)), strategy)
 Path(f"mistakes-{rank}.json").write_text(json.dumps(mistakes))
