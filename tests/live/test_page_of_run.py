@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from live.kit import Serve, Start, Told
 from support.threads import WAIT_S, wait_until
+from support.training import read_journal
 
 pytest.importorskip("playwright.sync_api")
 from live.page_visits import EVIL
 from playwright.sync_api import Page, expect
 
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
-from events.journal.reader import JournalReader
 from events.journal.segment import JOURNAL_DIR
 from events.messages import CommandTaken, Event, RunEnded
 from sinks.live.runs import RunsOfFolder
@@ -71,7 +71,7 @@ class Run:
         self._watching.communicate(timeout=20)
 
     def events(self) -> list[Event]:
-        return JournalReader(self.path / JOURNAL_DIR).read()
+        return read_journal(self.path)
 
 
 @pytest.fixture
