@@ -39,7 +39,7 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
     train_batch_size: _Count = 32
     """Rows of one optimizer step, over all its micro-batches and all devices."""
     batch_size_schedule: dict[_Count, _Count] = msgspec.field(default_factory=dict)
-    """Rows of one optimizer step after so many epochs, in place of train_batch_size: {10: 64, 20: 128}. The dataloader
+    """Rows of one optimizer step, by finished epochs, in place of train_batch_size: {10: 64, 20: 128}. The dataloader
     gets the new micro-batch; with gpu_batch_size_limit, the accumulation grows."""
     batch_size_interval: Literal["epoch", "step"] = "epoch"
     """Whether batch_size_schedule counts finished epochs or optimizer steps. By steps, the micro-batch is one for the
@@ -167,7 +167,7 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         return 1 if self.epochs is None and self.max_steps is None else self.epochs
 
     def rows_of_step(self, epoch: int, step: int) -> int:
-        """Rows of an optimizer step after so many finished epochs and steps."""
+        """Rows of an optimizer step, by the number of finished epochs and steps."""
         done = epoch if self.batch_size_interval == "epoch" else step
         begun = max((start for start in self.batch_size_schedule if start <= done), default=None)
         return self.train_batch_size if begun is None else self.batch_size_schedule[begun]
@@ -182,7 +182,7 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         return max(divisor for one in small for divisor in (one, total // one) if divisor <= limit)
 
     def accumulation_of(self, epoch: int, step: int) -> int:
-        """Micro-batches of an optimizer step after so many finished epochs and steps."""
+        """Micro-batches of an optimizer step, by the number of finished epochs and steps."""
         return self.rows_of_step(epoch, step) // self.micro_batch_of(epoch)
 
     def accumulation_in(self, epoch: int) -> int | None:

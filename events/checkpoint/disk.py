@@ -66,7 +66,7 @@ class Folder:
         return os.open(self._at(name), _CREATE | flags, 0o644, dir_fd=self.fd)
 
     def read(self, name: str, nbytes: int) -> bytes:
-        """Read a file in it, at most so many bytes, without following links. Raises `OSError`."""
+        """Read a file in it, up to a number of bytes, without following links. Raises `OSError`."""
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         with open(os.open(self._at(name), flags, dir_fd=self.fd), "rb") as file:
             return file.read(nbytes)

@@ -160,7 +160,7 @@ class NatsClient:
         if self._thread.is_alive():
             with contextlib.suppress(Exception):  # of a connection that is broken, or never was one
                 self.submit(self._nats.close()).result(1.0)
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError):  # the event loop has ended already
                 self._loop.call_soon_threadsafe(self._ended.set)
             self._thread.join(2.0)
 

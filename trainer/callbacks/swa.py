@@ -56,7 +56,7 @@ class SWA(AveragedWeights):
         anneal: Epochs (steps with ``start_step``) in which the learning rate is brought to ``lr``; 0: at once.
         anneal_strategy: ``"cos"`` or ``"linear"``.
         validate: Validate the averaged weights; see `EMA`.
-        update_bn: Compute batch norm statistics. A number: from at most so many batches.
+        update_bn: Compute batch norm statistics. A number: the maximum of batches for it.
 
     Raises:
         ArgumentsError: An argument is invalid.

@@ -63,10 +63,11 @@ class ManualDdp:
 
     def average(self, parameters: list[nn.Parameter], loss: torch.Tensor, part: float) -> torch.Tensor:
         weight, mean = self.mean(loss, part)
-        # A parameter without a gradient on any rank must stay without one: weight decay would move it.
+        # A parameter without a gradient on any rank must stay without one: weight decay would move it. The host must
+        # know which these are, because all ranks send the same gradients.
         there = torch.tensor([one.grad is not None for one in parameters], dtype=torch.float32, device=loss.device)
         dist.all_reduce(there)
-        used = [one for one, ranks in zip(parameters, there.tolist(), strict=True) if ranks]  # SYNC: as in `mean`
+        used = [one for one, ranks in zip(parameters, there.tolist(), strict=True) if ranks]  # SYNC: see above
         groups: dict[torch.dtype, list[nn.Parameter]] = {}
         for one in used:
             if one.grad is None:

@@ -40,8 +40,8 @@ class Fsdp(Strict, frozen=True, kw_only=True, tag="fsdp"):
     reshard_after_forward: bool = True
     """Whether the parameters of a unit are freed after its forward pass, and gathered again for its backward pass."""
     replicate: Annotated[int, Meta(ge=1)] = 1
-    """Copies of the model (HSDP): the ranks form so many groups, and each group divides one copy among its ranks.
-    Neighbouring ranks are in one group, so that each host can have a copy of its own."""
+    """Copies of the model (HSDP): the ranks form this number of groups, and each group divides one copy among its
+    ranks. Neighbouring ranks are in one group, so that each host can have a copy of its own."""
     activation_checkpointing: bool = False
     """Whether units compute their activations again in the backward pass, instead of keeping them: less memory for
     about a third more computation."""
