@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -57,17 +56,19 @@ class ManualSteps:
         self._on_skip = on_skip
         self._gate = gate
         self._in_step = False
-        self._skipped: Skip | None = None
         self.loss: torch.Tensor | None = None
         """The loss of the last update in the last call of `train_step`, detached; None without updates."""
-        self.only_skipped = False
-        """Whether the last call of `train_step` had updates, and all were skipped: schedulers stay, too."""
-        self._updates = 0
+        self._updates = self._skips = 0
         self._backwards = 0
         self._grad_norm: torch.Tensor | None = None
         self._found: torch.Tensor | None = None
         self._idle_steps: int | None = 0  # until an optimizer has stepped
         self._hooks = [one.register_step_post_hook(self._notice_step) for one in optimization.optimizers]
+
+    @property
+    def only_skipped(self) -> bool:
+        """Whether the last call of `train_step` had updates, and all were skipped: schedulers stay, too."""
+        return self._skips > 0 and not self._updates
 
     def close(self) -> None:
         """Training has ended: warn if no optimizer has stepped."""
@@ -90,8 +91,8 @@ class ManualSteps:
 
     def step(self, batch: Any) -> tuple[tuple[Any, ...], torch.Tensor | None, torch.Tensor | None]:
         """Call `train_step`; return its outputs, the last gradient norm, and a check of all gradients."""
-        self._backwards, self._grad_norm, self._found, self.loss = 0, None, None, None
-        self._updates, self.only_skipped = 0, False
+        self._backwards = self._updates = self._skips = 0
+        self._grad_norm = self._found = self.loss = None
         step = self._attempt.origin.global_step + 1
         self._attempt.phase = "train_step"
         self._in_step = True
@@ -120,48 +121,51 @@ class ManualSteps:
         """See `ModuleInterface.optimize`."""
         if not self._in_step:
             raise ContractError("optimize() was called outside of train_step; call it within train_step")
-        chosen = self._chosen(optimizer)
-        if (loss is None) == (closure is None):
-            raise ContractError("optimize() takes a loss or a closure that computes it; give it one of them")
-        if closure is not None and not callable(closure):
-            raise ContractError(f"optimize() got closure={closure!r:.80}; give it a function that computes the loss")
-        if closure is None and self._optimization.wants_closure and wants_closure(chosen):
-            raise ContractError(
-                f"optimize() got a loss for {type(chosen).__name__}, which computes the loss itself; give it"
-                f" optimize(None, closure=...)"
-            )
-        attempt, optimization = self._attempt, self._optimization
-        with self._without_autocast():
-            if closure is not None:
-                loss = self._with_closure(chosen, closure)
-                skipped = self._skipped
-            else:
-                assert loss is not None
-                loss = self._backward(loss, retain_graph, chosen)
-                attempt.phase = "the optimizer step"
-                self._gate()  # the device waits for a copy of the tensors that the optimizer changes
-                grad_norm, found, skipped = optimization.update(chosen, loss)
-                if skipped is None:  # else `on_skip` reports it
-                    self._note(grad_norm, found)
-        if self._attempt.precision.enabled:
-            torch.clear_autocast_cache()  # it holds copies of the old weights
-        attempt.phase = "train_step"
-        self.loss = loss
-        self._updates += skipped is None
-        self.only_skipped = not self._updates
-        if skipped is None:
-            self._position.skipped_in_a_row = 0
-        else:
-            self._on_skip(skipped, loss)
-        return skipped is None
-
-    def _without_autocast(self) -> contextlib.AbstractContextManager[object]:
-        """The backward pass and the update run outside of autocast, the run's or the user's."""
+        own = self._optimization.optimizers
+        known = isinstance(optimizer, int) and 0 <= optimizer < len(own)
+        chosen = own[optimizer] if known else self._chosen(optimizer)  # type: ignore[index]
+        if loss is None or closure is not None or self._optimization.wants_closure:
+            _check_closure(chosen, loss, closure)
         kind = self._attempt.device.type
-        # Entering the context takes 10 us.
-        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+        is_cast = torch.is_autocast_enabled(kind)  # by the run or the user
+        if is_cast:  # entering the context takes 10 us
+            with torch.autocast(kind, enabled=False):
+                loss, skipped = self._update(chosen, loss, closure, retain_graph)
+        else:
+            loss, skipped = self._update(chosen, loss, closure, retain_graph)
+        if is_cast or self._attempt.precision.enabled:
+            torch.clear_autocast_cache()  # it holds copies of the old weights
+        self._attempt.phase = "train_step"
+        self.loss = loss
+        if skipped is None:
+            self._updates += 1
+            self._position.skipped_in_a_row = 0
+            return True
+        self._skips += 1
+        self._on_skip(skipped, loss)
+        return False
 
-    def _with_closure(self, optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        loss: torch.Tensor | None,
+        closure: Callable[[], torch.Tensor] | None,
+        retain_graph: bool,
+    ) -> tuple[torch.Tensor, Skip | None]:
+        """Return the loss, detached, and why the update was skipped."""
+        if closure is not None:
+            return self._with_closure(optimizer, closure)
+        loss = self._backward(loss, retain_graph, optimizer)
+        self._attempt.phase = "the optimizer step"
+        self._gate()  # the device waits for a copy of the tensors that the optimizer changes
+        grad_norm, found, skipped = self._optimization.update(optimizer, loss)
+        if skipped is None:  # else `on_skip` reports it
+            self._note(grad_norm, found)
+        return loss, skipped
+
+    def _with_closure(
+        self, optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor]
+    ) -> tuple[torch.Tensor, Skip | None]:
         first: list[torch.Tensor] = []
 
         def evaluate() -> torch.Tensor:
@@ -180,26 +184,27 @@ class ManualSteps:
         self._optimization.gradients.clear()
         if done.skipped is None:
             self._note(done.grad_norm, done.found)
-        self._skipped = done.skipped
-        return first[0]
+        return first[0], done.skipped
 
     def _backward(self, loss: Any, retain_graph: bool, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         """Compute the gradients of a loss; return it detached. With several ranks: means over them, for this optimizer.
 
         WAIT: for all ranks.
         """
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad or loss.is_complex():
-            is_tensor = isinstance(loss, torch.Tensor)
-            shown = f"a tensor of shape {tuple(loss.shape)}" if is_tensor and loss.numel() != 1 else f"{loss!r:.80}"
-            raise ContractError(
-                f"optimize() got {shown}, which is not a loss; give it a real tensor of one element with a graph"
-            )
+        if not isinstance(loss, torch.Tensor):
+            raise _bad_loss(loss)
         self._attempt.phase = "backward"
         self._optimization.gradients.release()
         strategy = self._attempt.strategy
         part = 1.0 if strategy is None else strategy.part
         share = loss if strategy is None else loss * part if part else torch.where(loss.isfinite(), loss, 0.0) * 0.0
-        self._attempt.precision.scale(share).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        try:
+            self._attempt.precision.scale(share).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            # Checked only now: it costs an update without an error nothing.
+            if loss.numel() != 1 or loss.is_complex() or not loss.requires_grad:
+                raise _bad_loss(loss) from None
+            raise
         if part:
             self._on_backward(loss, self._backwards)
         self._backwards += 1
@@ -216,14 +221,34 @@ class ManualSteps:
 
     def _chosen(self, optimizer: int | torch.optim.Optimizer) -> torch.optim.Optimizer:
         own = self._optimization.optimizers
-        if isinstance(optimizer, torch.optim.Optimizer):
-            found = [one for one in own if one is optimizer]
-        else:
-            found = own[optimizer : optimizer + 1] if isinstance(optimizer, int) and optimizer >= 0 else []
-        if not found:
-            shown = optimizer if isinstance(optimizer, int) else f"a {type(optimizer).__name__}"
-            raise ContractError(
-                f"optimize() got optimizer={shown}, which get_optimizers_schedulers() did not return; give it"
-                f" the index of one of the {len(own)}"
-            )
-        return found[0]
+        for one in own:
+            if one is optimizer:
+                return one
+        shown = optimizer if isinstance(optimizer, int) else f"a {type(optimizer).__name__}"
+        raise ContractError(
+            f"optimize() got optimizer={shown}, which get_optimizers_schedulers() did not return; give it"
+            f" the index of one of the {len(own)}"
+        )
+
+
+def _check_closure(
+    optimizer: torch.optim.Optimizer, loss: torch.Tensor | None, closure: Callable[[], torch.Tensor] | None
+) -> None:
+    if (loss is None) == (closure is None):
+        raise ContractError("optimize() takes a loss or a closure that computes it; give it one of them")
+    if closure is not None and not callable(closure):
+        raise ContractError(f"optimize() got closure={closure!r:.80}; give it a function that computes the loss")
+    if closure is None and wants_closure(optimizer):
+        raise ContractError(
+            f"optimize() got a loss for {type(optimizer).__name__}, which computes the loss itself; give it"
+            f" optimize(None, closure=...)"
+        )
+
+
+def _bad_loss(loss: object) -> ContractError:
+    shown = f"{loss!r:.80}"
+    if isinstance(loss, torch.Tensor) and loss.numel() != 1:
+        shown = f"a tensor of shape {tuple(loss.shape)}"
+    return ContractError(
+        f"optimize() got {shown}, which is not a loss; give it a real tensor of one element with a graph"
+    )

@@ -199,7 +199,9 @@ class Step:
             return StepOutcome(None, None, None, lr, skipped="no_loss")
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise bad_loss(self._module, loss, values)
-        loss = loss.detach().clone().reshape(())
+        loss = loss.detach().clone()
+        if loss.dim():
+            loss = loss.reshape(())
         self._attempt.phase = "the schedulers"
         if not self._manual.only_skipped:
             self._optimization.schedules.after_step()
