@@ -103,10 +103,12 @@ from trainer import Checkpoints
 from trainer.errors import RunTerminated
 
 def follow(stage, step):
-    with open(f"step-{RANK}", "w") as file:
-        file.write(str(step))
+    if stage != "data":
+        with open(f"step-{RANK}", "w") as file:
+            file.write(str(step))
 
 module = Small(follow)
+module.workers = 1  # torchrun signals the process group of each rank, and so its workers
 forever = {"epochs": None, "max_steps": 10**9, "val_interval_steps": 40}
 one = trainer(module, arguments=forever, run_dir="run", checkpoints=Checkpoints())
 try:

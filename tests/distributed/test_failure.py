@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from support.threads import wait_until
+from torch.utils.data import DataLoader, Dataset, _utils
 
+from trainer.data.loaders import end_iteration
 from trainer.distributed.failure import Beat, Identity, LocalProcesses, Peers
+from trainer.distributed.worker_signals import count_runs, open_guarded
 
 HERE = Identity.here()
 
@@ -101,3 +107,51 @@ def test_the_death_of_a_process_on_this_host_is_seen_before_it_is_reaped() -> No
         assert processes.take_dead() == []
         processes.close()
     assert LocalProcesses(identities, 0).take_dead() == [1], "dead already"
+
+
+class Blocking(Dataset[int]):
+    """Its last row waits for a byte that never comes."""
+
+    def __init__(self) -> None:
+        self.ends = os.pipe()
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, number: int) -> int:
+        return number if number < 8 else len(os.read(self.ends[0], 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_ignore_a_stop_during_a_run_and_end_with_it_at_any_other_time(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that hangs, which torch only terminates. The user's own start of a worker is kept."""
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    rows, started = Blocking(), os.pipe()
+    loader = DataLoader(rows, num_workers=1, worker_init_fn=lambda worker: os.write(started[1], b"s") and None)
+
+    def begin() -> tuple[Any, Any]:
+        batches: Any = open_guarded(loader, lambda: iter(loader))
+        assert os.read(started[0], 9) == b"s"
+        return batches, batches._workers[0]
+
+    count_runs(1)
+    try:
+        batches, worker = begin()
+        os.kill(worker.pid, number)
+        assert [int(next(batches)) for _ in range(8)] == list(range(8))
+        assert worker.is_alive()
+        end_iteration(batches, loader)
+        wait_until(lambda: not worker.is_alive(), "a worker is left")
+        batches, worker = begin()
+    finally:
+        count_runs(-1)
+    _utils.signal_handling._remove_worker_pids(id(batches))  # the death is no error here
+    batches._worker_pids_set = False
+    os.kill(worker.pid, number)
+    worker.join(20)
+    assert worker.exitcode == -number
+    end_iteration(batches, loader)
+    for end in (*rows.ends, *started):
+        os.close(end)

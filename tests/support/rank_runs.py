@@ -48,6 +48,7 @@ class Small(ModuleInterface):
         for parameter in self.parameters():
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
         self.fault = fault
+        self.workers = 0
         self.steps: list[int] = []
 
     def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
@@ -55,11 +56,11 @@ class Small(ModuleInterface):
 
     def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
         rows = Rows(self.fault)
-        return DataLoader(rows, batch_size=batch_size, sampler=sampler(rows))
+        return DataLoader(rows, batch_size=batch_size, sampler=sampler(rows), num_workers=self.workers)
 
     def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
         rows = Rows(lambda stage, number: None)
-        return DataLoader(rows, batch_size=batch_size, sampler=sampler(rows))
+        return DataLoader(rows, batch_size=batch_size, sampler=sampler(rows), num_workers=self.workers)
 
     def _loss(self, stage: str, step: int, batch: Any) -> torch.Tensor:
         added = self.fault(stage, step)

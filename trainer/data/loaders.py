@@ -214,6 +214,9 @@ def _shut_down(batches: _MultiProcessingDataLoaderIter) -> None:
         lock.acquire(timeout=_LOCK_S)
         lock.release()
     batches._shutdown_workers()  # idempotent; `__del__` calls it, too
+    for worker in batches._workers:
+        if worker.is_alive():  # it hangs, and ignores SIGTERM during a run of several ranks
+            worker.kill()
 
 
 _LOCK_S = 1.0

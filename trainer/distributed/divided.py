@@ -96,7 +96,7 @@ class RankBatches(Batches):
         self.is_dummy = False
         skipped = getattr(getattr(loader, "sampler", None), "skip", 0) if division == "rows" else 0
         self._number = self.shard.rounds(skipped)  # of the next batch, from 0
-        super().__init__(boundary, open_)
+        super().__init__(boundary, open_, loader)
         shares = division == "batches"
         self._shared = share_batches(self._read_all(), world.data_rank, world.data_size) if shares else None
 

@@ -204,7 +204,7 @@ class Evaluation:
         return loader_length(loader)
 
     def _open(self, loader: Iterable[Any]) -> Batches:
-        return Batches(self._boundary, lambda: iter(loader))
+        return Batches(self._boundary, lambda: iter(loader), loader)
 
     def _complete(self, tally: Tally, outputs: EpochOutputs | None, adopts: bool) -> None:
         """The last batch is done, and the hooks of the end have not run. ``adopts``: a hook here takes the outputs."""

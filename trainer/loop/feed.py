@@ -283,7 +283,7 @@ class Feed:
         return batches
 
     def _open(self, loader: Any, open_: Callable[[], Iterator[Any]]) -> Batches:
-        return Batches(self._boundary, open_)
+        return Batches(self._boundary, open_, loader)
 
     def _fit_place(self, loader: Any) -> None:
         """Count the micro-batches of the finished steps in those of this run, if they had another size."""

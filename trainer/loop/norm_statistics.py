@@ -86,7 +86,7 @@ class NormStatistics:
     def _run(self, average: AveragedWeights, loader: Any) -> None:
         attempt, ledger = self._attempt, self._attempt.ledger
         before = ledger.enter("data")
-        batches = Batches(self._boundary, lambda: iter(loader))
+        batches = Batches(self._boundary, lambda: iter(loader), loader)
 
         def read() -> Iterator[Any]:
             for batch in batches:  # WAIT: data

@@ -8,6 +8,7 @@ During a run the error waits until the loop reads data, which it does only where
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import signal
 import threading
@@ -21,6 +22,7 @@ from torch.utils.data._utils import signal_handling
 
 from events.log import logger
 from events.tracebacks import chain_of
+from trainer.distributed.worker_signals import open_guarded
 from trainer.loop.boundary import Boundary
 from trainer.loop.control import Control
 
@@ -81,18 +83,20 @@ class Batches:
 
     Args:
         open_: Begins to iterate over the dataloader.
+        loader: The dataloader.
 
     Raises:
         StopRequested: a stop was taken, as `Boundary.take_commands` does.
     """
 
-    def __init__(self, boundary: Boundary, open_: Callable[[], Iterator[Any]]) -> None:
+    def __init__(self, boundary: Boundary, open_: Callable[[], Iterator[Any]], loader: Any) -> None:
         self._boundary = boundary
         # The handler runs on the main thread: on another, torch ends the wait for a dead worker, within 5 s.
         self._on_main = threading.current_thread() is threading.main_thread()
         self.is_ahead = False
         """Whether the dataloader counts batches that no finished step has used, so that no checkpoint can be taken."""
-        self.source = self._read(open_)
+        guarded = boundary.attempt.control.agent is not None  # the ranks stop together, and not where a worker dies
+        self.source = self._read(functools.partial(open_guarded, loader, open_) if guarded else open_)
 
     def __iter__(self) -> Batches:
         return self

@@ -12,6 +12,7 @@ from trainer.distributed.agent import Agent
 from trainer.distributed.ending import RankEnd, exit_now
 from trainer.distributed.failure import peer_failed
 from trainer.distributed.summary import RankReports
+from trainer.distributed.worker_signals import count_runs
 from trainer.errors import PeerFailed
 from trainer.loop.attempt import Attempt
 from trainer.run.loop_thread import LoopThread
@@ -51,6 +52,8 @@ class RankSession:
         )
         self._agent.start()
         opened.callback(self._agent.close)
+        count_runs(1)
+        opened.callback(count_runs, -1)
         attempt.control.join(self._agent)
 
     @property
