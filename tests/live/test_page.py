@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -66,6 +69,14 @@ def curve(values: Sequence[float | str], run: FakeRun | None = None, name: str =
 
 def first_chart(page: Page) -> Locator:
     return page.locator("#training .chart").first
+
+
+def choose(page: Page, title: str, option: str) -> None:
+    """Choose from the menu of a chart."""
+    page.get_by_role("button", name=f"Options of {title}", exact=True).click()
+    page.locator("#chart-menu").get_by_text(option, exact=True).click()
+    page.keyboard.press("Escape")
+    expect(page.locator("#chart-menu")).to_be_hidden()
 
 
 def expect_step(page: Page, text: str) -> None:
@@ -230,10 +241,9 @@ def test_values_that_a_logarithmic_scale_hides_are_counted(show: Show) -> None:
     text = "Not shown on a logarithmic scale (0 or less): train 2 of 5 values."
     expect(chart.locator(".missing")).to_have_text(text)
     expect(chart.get_by_role("img")).to_have_attribute("aria-label", re.compile(re.escape(text)))
-    button = chart.get_by_role("button", name="Show Loss as table")
-    button.click()
+    choose(page, "Loss", "Show as table")
     expect(chart.locator(".missing")).to_be_hidden()
-    button.click()
+    choose(page, "Loss", "Show as table")
     expect(chart.locator(".missing")).to_be_visible()
     page.get_by_label("Log loss").uncheck()
     expect(chart.locator(".missing")).to_be_hidden()
@@ -693,16 +703,92 @@ def test_runs_are_compared(show: Show) -> None:
 
 
 def test_the_address_keeps_the_settings(show: Show) -> None:
-    """Scale, smoothing and axis."""
-    page = show(a_run())
+    """Scales, of all charts and of one; smoothing, the axis, a zoom, and hidden lines."""
+    page = show(a_run(extra=["m/a"], steps=2_000))
     page.get_by_label("Log loss").check()
+    page.get_by_label("Ignore outliers").check()
     page.get_by_label("Smoothing").fill("0.8")
     page.get_by_label("Across").select_option("time")
-    assert page.url.endswith("#run=demo&log=1&smooth=0.8&x=time")
-    again = show.visits(show.server.url, "#run=demo&log=1&smooth=0.8&x=time")
+    assert page.url.endswith("#run=demo&log=1&robust=1&smooth=0.8&x=time")
+    page.get_by_label("Across").select_option("epoch")
+    choose(page, "Gradient norm", "Logarithmic scale")
+    choose(page, "Loss", "Logarithmic scale")
+    first_chart(page).get_by_role("button", name="validation hard set").click()
+    box = first_chart(page).locator(".u-over").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 4, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60, steps=4)
+    page.mouse.up()
+    expect(page.get_by_role("button", name="Reset zoom")).to_be_visible()
+    again = show.visits(show.server.url, f"#{page.url.partition('#')[2]}")
     expect(again.get_by_label("Log loss")).to_be_checked()
+    expect(again.get_by_label("Ignore outliers")).to_be_checked()
     expect(again.locator("#smoothing-value")).to_have_text("0.8")
-    expect(again.get_by_label("Across")).to_have_value("time")
+    expect(again.get_by_label("Across")).to_have_value("epoch")
+    expect(again.get_by_role("button", name="Reset zoom")).to_be_visible()
+    for one in (page, again):
+        expect(first_chart(one).locator("canvas")).to_be_visible()
+        low, high = first_chart(one).evaluate("one => { const { x } = one.chart.u.scales; return [x.min, x.max]; }")
+        assert abs(low - 0.5) < 0.03  # epochs: two of 1,000 steps each are shown before the zoom
+        assert abs(high - 1.0) < 0.03
+        scales = "() => ['Loss', 'Gradient norm'].map(t => [...stagecast.board.charts].find(c => c.title === t).isLog)"
+        assert one.evaluate(scales) == [False, True]
+        hidden = first_chart(one).get_by_role("button", name="validation hard set")
+        expect(hidden).to_have_attribute("aria-pressed", "false")
+        assert first_chart(one).evaluate("one => one.chart.shown.map(({ label }) => label)") == ["train", "validation"]
+    again.get_by_role("button", name="Reset zoom").click()
+    assert "zoom" not in again.url
+
+
+def test_a_chart_can_lie_over_steps_epochs_time_and_the_clock(show: Show) -> None:
+    """The place under the cursor is read in the units of the axis; epochs need a known number of steps."""
+    run = a_run(steps=0)
+    curve([1.0] * 200, run)
+    run.run |= {"started": run.clock - 3_800, "steps_per_epoch": 80}
+    page = show(run)
+    date = page.evaluate("new Intl.DateTimeFormat(undefined, {dateStyle: 'medium'}).format(new Date())")[:3]
+    for axis, text in (("step", "Step 200: "), ("epoch", "Epoch 2.5: "), ("time", "1h 03m: "), ("clock", date)):
+        page.get_by_label("Across").select_option(axis)
+        page.get_by_role("img", name=re.compile("^Chart, Loss")).focus()
+        page.keyboard.press("End")
+        expect(page.locator("#announcer")).to_have_text(re.compile("^" + re.escape(text)))
+    page.get_by_label("Across").select_option("epoch")
+    show.server.call(lambda: run.tell({"run": {"steps_per_epoch": None}}))
+    expect(page.locator("#axis-note")).to_be_visible()
+    page.keyboard.press("Tab")
+    page.get_by_role("img", name=re.compile("^Chart, Loss")).focus()
+    page.keyboard.press("End")
+    expect(page.locator("#announcer")).to_have_text(re.compile("^Step 200: "))
+
+
+def test_smoothed_and_raw_values_are_read_together(show: Show) -> None:
+    """An exponential moving average without a bias at its start, as TensorBoard has it."""
+    values = [4.0, 2.0, 3.0]
+    page = show(curve(values), fragment="#smooth=0.5")
+    average = sum(value * 0.5 ** (3 - at) for at, value in enumerate(values)) / sum(0.5 ** (3 - at) for at in range(3))
+    expect(first_chart(page).locator("canvas")).to_be_visible()
+    page.get_by_role("img", name=re.compile("^Chart, Loss")).focus()
+    page.keyboard.press("End")
+    expect(first_chart(page).locator(".legend .value")).to_have_text(f"{average:.4g} raw 3")
+    expect(page.locator("#announcer")).to_have_text(f"Step 3: train {average:.4g} (raw 3)")
+
+
+def test_a_scale_can_ignore_outliers(show: Show) -> None:
+    """It follows the 1st to the 99th percentile, on a logarithmic scale too."""
+    values = [20.0, 20.0] + [1.0 + at / 1_000 for at in range(396)] + [0.1, 0.1]
+    page = show(curve(values))
+    assert value_range(page, "Loss")[1] > 20
+    choose(page, "Loss", "Ignore outliers")
+    expect(first_chart(page).locator(".notes")).to_have_text(
+        "6 outliers lie beyond the scale (1st to 99th percentile)."
+    )
+    low, high = value_range(page, "Loss")
+    assert 0.9 < low < 1.01
+    assert 1.39 < high < 1.5
+    choose(page, "Loss", "Logarithmic scale")
+    page.wait_for_function("() => document.querySelector('#training .chart').chart.u.scales.y.distr === 3")
+    assert value_range(page, "Loss") == (1.0, 2.0)
 
 
 def test_some_of_many_metrics_are_drawn_and_a_search_finds_the_others(show: Show) -> None:
@@ -740,6 +826,162 @@ def test_a_regular_expression_filters_metrics(show: Show) -> None:
         none.to_contain_text(message) if message else none.to_be_hidden()
 
 
+def test_metrics_are_grouped_by_the_prefix_of_their_names(show: Show) -> None:
+    """In sections that fold; the address keeps what is folded."""
+    page = show(a_run(extra=["head/a", "head/b", "block10/a", "block2/a", "alone"], steps=20))
+    groups = page.locator("#metrics .group")
+    expect(groups.locator("summary")).to_have_text(["without a prefix1", "block21", "block101", "head2"])
+    groups.nth(3).locator("summary").press("Enter")
+    expect(page.locator("#metrics .chart")).to_have_count(3)
+    expect(page.locator("#metrics-count")).to_have_text("3 of 5")
+    assert page.url.endswith("&fold=head")
+    again = show.visits(show.server.url, f"#{page.url.partition('#')[2]}")
+    expect(again.locator("#metrics h3")).to_have_text(["alone", "block2/a", "block10/a"])
+    again.get_by_role("button", name="Fold all").click()
+    expect(again.locator("#metrics .chart")).to_have_count(1)
+    again.get_by_role("button", name="Unfold all").click()
+    expect(again.locator("#metrics .chart")).to_have_count(5)
+    assert "fold" not in again.url
+
+
+def titles(page: Page, section: str) -> list[str]:
+    return page.locator(f"#{section} h3").all_text_contents()
+
+
+def test_charts_are_pinned_and_moved(show: Show) -> None:
+    """By keyboard; for all runs, after a reload too."""
+    page = show(a_run(extra=["m/a", "m/b"]), a_run("other"))
+    choose(page, "Gradient norm", "Pin to the top")
+    expect(page.locator("#announcer")).to_have_text("Gradient norm is pinned")
+    expect(page.get_by_role("button", name="Options of Gradient norm")).to_be_focused()
+    choose(page, "m/b", "Pin to the top")
+    choose(page, "m/b", "Move forward")
+    expect(page.locator("#announcer")).to_have_text("m/b is chart 1 of 2")
+    choose(page, "Loss", "Move back")
+    page.reload()
+    expect(page.locator("#training canvas").first).to_be_visible()
+    assert titles(page, "pinned") == ["m/b", "Gradient norm"]
+    assert titles(page, "training") == ["Learning rate", "Loss", "Throughput", "Step time"]
+    assert titles(page, "metrics") == ["m/a"]
+    choose(page, "Gradient norm", "Unpin")
+    # It is after its usual neighbour.
+    assert titles(page, "training") == ["Learning rate", "Gradient norm", "Loss", "Throughput", "Step time"]
+    show.focus(page, "other")
+    expect(page.locator("#pinned-section")).to_be_hidden()  # it has no such metric
+
+
+def test_a_legend_hides_and_highlights_lines(show: Show) -> None:
+    """A run in all charts. Noisy lines are solid, and the runs are named once."""
+    page = show(*(a_run(f"run-{index}", seed=index) for index in range(3)), fragment="#run=run-0&run=run-1&run=run-2")
+    legend = page.locator("#training .chart").nth(2).locator(".legend")
+    expect(legend.get_by_role("button")).to_have_count(3)
+    expect(legend.locator(".name").first).to_be_hidden()
+    expect(legend.locator("line[stroke-dasharray]")).to_have_count(0)
+    legend.get_by_role("button", name="run-1").hover()
+    alphas = "() => [...stagecast.board.charts].filter(c => c.u && c.shown.some(s => s.run))"
+    alphas += ".map(c => c.at.map((at, i) => `${c.shown[i].run} ${c.u.series[at].alpha}`).join())"
+    found = page.evaluate(alphas)
+    assert found[1] == "run-0 0.2,run-1 1,run-2 0.2"
+    assert len(found) > 2
+    page.mouse.move(0, 0)
+    assert "0.2" not in "".join(page.evaluate(alphas))
+    legend.get_by_role("button", name="run-1").click()
+    expect(first_chart(page).locator("[aria-pressed=false]")).to_have_count(2)  # training and validation
+    assert page.url.endswith("&hide=run%3Arun-1")
+    page.wait_for_function(
+        "() => ['Loss', 'Gradient norm'].every(title => {"
+        " const chart = [...stagecast.board.charts].find(c => c.title === title);"
+        " return chart.u && !chart.shown.some(({ run }) => run === 'run-1'); })"
+    )
+    for name in ("run-0", "run-2"):
+        legend.get_by_role("button", name=name).click()
+    expect(page.locator("#training .chart").nth(2).locator(".empty")).to_have_text("All lines are hidden")
+    legend.get_by_role("button", name="run-1").press("Enter")
+    expect(legend.get_by_role("button", name="run-1")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#training .chart").nth(2).locator("canvas")).to_be_visible()
+
+
+def test_neighbours_on_an_axis_have_different_labels(show: Show) -> None:
+    """However narrow its range is; a long name is cut at its start."""
+    name = "group/" + "a-name-that-is-long-" * 4 + "accuracy"
+    run = a_run(steps=0)
+    curve([0.003 + at / 1e9 for at in range(20)], run)
+    curve([60.0 + at / 1e3 for at in range(20)], run, "step_s")
+    curve([5e9 + at for at in range(20)], run, "system/process_memory_bytes")
+    curve([1.0, 2.0], run, name)
+    page = show(run)
+    for title in ("Loss", "Step time", "Memory"):
+        value_range(page, title)  # draws it
+        labels = page.evaluate(
+            "title => [...stagecast.board.charts].find(c => c.title === title).u.axes[1]._values", title
+        )
+        told = [label for label in labels if label]
+        assert len(set(told)) == len(told) > 2, told
+    head = page.locator("#metrics h3").first
+    head.scroll_into_view_if_needed()
+    right = "one => [one.querySelector('bdi'), one].map(node => Math.round(node.getBoundingClientRect().right))"
+    inner, outer = head.evaluate(right)
+    assert inner <= outer  # the end of the name is in sight
+
+
+def test_a_chart_is_saved_as_a_file(show: Show) -> None:
+    """CSV has all points at full precision; SVG and PNG have what is drawn."""
+    run = a_run(steps=0)
+    curve([0.1 + 0.2, "nan", 3.0], run)
+    curve([1.0, 2.0], run, "val_loss/=sum,x")
+    page = show(run)
+    expect(first_chart(page).locator("canvas")).to_be_visible()
+    files: dict[str, bytes] = {}
+    for kind in ("CSV", "SVG", "PNG"):
+        with page.expect_download() as download:
+            choose(page, "Loss", f"Save {kind}")
+        assert download.value.suggested_filename == f"Loss.{kind.lower()}"
+        files[kind] = download.value.path().read_bytes()
+    rows = list(csv.reader(files["CSV"].decode().splitlines()))
+    assert rows[0] == ["step", "train time", "train", "validation =sum,x time", "validation =sum,x"]
+    assert [row[2] for row in rows[1:]] == ["0.30000000000000004", "nan", "3"]
+    assert [(row[0], row[4]) for row in rows[1:]] == [("1", "1"), ("2", "2"), ("3", "")]
+    assert float(rows[1][1]) == run.series["train_loss"]["time"][0]
+    image = ElementTree.fromstring(files["SVG"])
+    texts = [node.text for node in image.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Loss", "train", "1", "2", "3"} <= set(texts)
+    lines = [node.get("d", "") for node in image.iter("{http://www.w3.org/2000/svg}path")]
+    assert [line.count("M") + line.count("L") for line in lines] == [2, 2]
+    assert lines[0].count("M") == 2  # a gap where the value is not finite
+    assert files["PNG"].startswith(b"\x89PNG")
+    assert struct.unpack(">I", files["PNG"][16:20])[0] > 400
+
+
+def test_a_chart_is_enlarged_and_escape_closes_it(show: Show) -> None:
+    page = show(a_run())
+    before = first_chart(page).bounding_box()
+    page.get_by_role("button", name="Options of Gradient norm").click()
+    page.locator("#chart-menu").get_by_text("Enlarge").click()
+    large = page.locator("#enlarged .chart")
+    expect(large.locator("canvas")).to_be_visible()
+    after = large.bounding_box()
+    assert before
+    assert after
+    assert after["height"] > 2 * before["height"]
+    large.get_by_role("button", name="Options of Gradient norm").click()
+    page.get_by_label("Logarithmic scale").check()  # of both
+    page.keyboard.press("Escape")
+    expect(large).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#enlarged")).to_be_hidden()
+    expect(large).to_have_count(0)
+    assert page.url.endswith("&log=on%3Atraining%2FGradient+norm")
+
+
+def test_the_loss_is_on_the_first_screen_of_a_phone(show: Show) -> None:
+    page = show(a_run(steps=2_000), options={"viewport": {"width": 390, "height": 844}})
+    plot = first_chart(page).locator("canvas")
+    expect(plot).to_be_visible()
+    box = plot.bounding_box()
+    assert box is not None
+    assert box["y"] + box["height"] <= 844
+
+
 def test_charts_out_of_sight_are_not_drawn(show: Show) -> None:
     page = show(a_run(extra=[f"metric{index}" for index in range(40)]))
     expect(page.locator("#training canvas").first).to_be_visible()
@@ -752,14 +994,15 @@ def test_charts_out_of_sight_are_not_drawn(show: Show) -> None:
 def test_each_chart_can_be_read_as_a_table(show: Show) -> None:
     """A real table, with the newest step first."""
     page = show(a_run())
-    button = page.get_by_role("button", name="Show Loss as table")
-    button.focus()
-    page.keyboard.press("Enter")
-    expect(button).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Options of Loss").press("Enter")
+    expect(page.get_by_label("Logarithmic scale")).to_be_focused()
+    page.get_by_label("Show as table").press("Space")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Options of Loss")).to_be_focused()
     table = page.get_by_role("table", name=re.compile("^Loss"))
     expect(table.get_by_role("columnheader")).to_have_text(["Step", "train", "validation", "validation hard set"])
     expect(table.get_by_role("rowheader").first).to_have_text("600")
-    button.click()
+    choose(page, "Loss", "Show as table")
     expect(page.locator("#training canvas").first).to_be_visible()
 
 
@@ -810,7 +1053,12 @@ def test_axe_finds_nothing_serious(scheme: str, show: Show) -> None:
     """Names, roles, contrast: running, compared, as a table, stale, and in a dialog."""
     page = show(a_run("a", extra=["m"]), a_run("b", seed=2), fragment="#run=a&run=b", options={"color_scheme": scheme})
     expect(page.locator("#training canvas").first).to_be_visible()
-    page.get_by_role("button", name="Show Loss as table").click()
+    choose(page, "Loss", "Show as table")
+    page.get_by_role("button", name="Options of Learning rate").click()
+    assert axe(page) == []
+    page.get_by_role("button", name="Enlarge").click()
+    assert axe(page) == []
+    page.keyboard.press("Escape")
     page.locator("details summary").last.click()
     assert axe(page) == []
     page.click("#stop")

@@ -12,7 +12,7 @@ const BUDGET_MS = 12;
 
 export class Board {
   constructor(view) {
-    this.view = view; // {x, log, smoothing, zoom, isStale}
+    this.view = view; // a `View`
     this.charts = new Set();
     this.draws = { count: 0, ms: 0, worstMs: 0 };
     this.#sight = new IntersectionObserver((entries) => this.#seen(entries), { rootMargin: "150px" });
@@ -90,8 +90,23 @@ export class Board {
 
   zoom(range) {
     this.view.zoom = range;
+    this.changed();
+  }
+
+  /** Hide a curve, or show it again. */
+  hide(key) {
+    if (!this.view.hidden.delete(key)) this.view.hidden.add(key);
+    this.changed();
+  }
+
+  highlight(key) {
+    for (const chart of this.charts) if (chart.isSeen) chart.highlight(key);
+  }
+
+  /** The reader has changed a setting. */
+  changed() {
+    this.onchange();
     this.invalidate();
-    this.view.zoomed?.();
   }
 
   /** Schedule charts with new points. */

@@ -1,14 +1,17 @@
 /** Charts: a figure each, drawn by uPlot when it is in sight and something in it has changed. */
 
+import { labelsOf, placeOn, placesOf, tickOf } from "./axes.js";
 import {
   align,
   clamped,
   commonScope,
+  isJagged,
   linearRange,
   logRange,
   logSplits,
   nearest,
   pointsOf,
+  robustRange,
   scopeOf,
   shrinkageOf,
   shrunk,
@@ -16,12 +19,15 @@ import {
   valuesOffLog,
 } from "./curves.js";
 import { announce, el, freshId, setAttribute, setText, svg, table } from "./dom.js";
-import { count, duration, number } from "./format.js";
+import { count, number } from "./format.js";
 import { colours } from "./theme.js";
 
 const uPlot = window.uPlot;
 const TABLE_MS = 2000;
 const MOST_ROWS = 200;
+/** Maximum curves of a chart with the spread of merged points behind them, and with the curve before smoothing. */
+const MOST_SPREADS = 3;
+const MOST_RAW = 6;
 /** Steps of an axis of bytes. */
 const POWERS = Array.from({ length: 50 }, (_, power) => 2 ** power);
 /** From this value on uPlot has no steps for an axis... */
@@ -32,38 +38,34 @@ const HUGE_STEPS = Array.from({ length: 340 }, (_, at) => [1, 2, 2.5, 5].map((on
 /**
  * One figure.
  *
- * `curves()` returns its curves: `{label, series, started, show, colour, dash, width, fill, values, last}`. The legend and
- * the table show `values` and `last`, if given, instead of the series' own: the layers of a stack are drawn at their sums.
+ * `curves()` returns its curves: `{label, run, series, started, epochSteps, show, colour, dash, width, fill, values, last}`.
+ * The legend and the table show `values` and `last`, if given, instead of the series' own: the layers of a stack are drawn
+ * at their sums. `run` is set where the chart compares runs. `key` names the chart in the address and the browser's storage.
  */
 export class Chart {
-  constructor({
-    title,
-    curves,
-    height = 210,
-    isSmall = false,
-    takesLog = false,
-    takesSmoothing = true,
-    range = null,
-    note = null,
-  }) {
-    Object.assign(this, { title, curves, height, isSmall, takesLog, takesSmoothing, range });
+  constructor(options) {
+    const { title, curves, height = 210, isSmall = false, note = null } = options;
+    const { key = title, takesLog = false, takesSmoothing = true, range = null } = options;
+    Object.assign(this, { options, key, title, curves, height, isSmall, takesLog, takesSmoothing, range });
     this.isSeen = this.isTouched = false;
     this.drawnAt = this.drawMs = this.tableAt = 0;
     this.drawn = "";
     this.u = null;
-    this.shown = [];
+    this.all = []; // curves: all of the legend's...
+    this.shown = []; // ...those that are not hidden...
+    this.parts = []; // ...and what is drawn of them
     const id = freshId("chart");
     this.legend = el("ul", { class: "legend" });
     this.readout = el("span", { class: "readout" });
     this.missing = el("p", { class: "missing", hidden: true });
     this.notes = el("p", { class: "notes", hidden: true });
-    this.toggle = el("button", {
+    this.button = el("button", {
       type: "button",
       class: "quiet",
-      "aria-pressed": "false",
-      "aria-label": `Show ${title} as table`,
-      text: "Table",
-      onclick: () => this.#showTable(this.holder.hidden),
+      "aria-label": `Options of ${title}`,
+      "aria-haspopup": "dialog",
+      text: "⋯",
+      onclick: () => this.board.openMenu(this),
     });
     this.plot = el("div", {
       class: "plot",
@@ -83,7 +85,7 @@ export class Chart {
     this.root = el(
       "figure",
       { class: isSmall ? "chart small" : "chart", "aria-labelledby": id },
-      el("figcaption", {}, el("h3", { id, title: note ?? title, text: title }), this.readout, this.toggle),
+      el("figcaption", {}, el("h3", { id, title: note ?? title }, el("bdi", { text: title })), this.readout, this.button),
       this.legend,
       this.missing,
       this.notes,
@@ -113,6 +115,34 @@ export class Chart {
     return curves.map((curve) => `${curve.label}:${curve.series.version}:${curve.series.length}`).join("|");
   }
 
+  get isTable() {
+    return !this.holder.hidden;
+  }
+
+  get isLog() {
+    const { log } = this.board.view;
+    return !this.range && log.of(this.key, this.takesLog && log.all);
+  }
+
+  get isRobust() {
+    return !this.range && this.board.view.robust.of(this.key);
+  }
+
+  /** What hides a curve: its run, in all charts; or its name, in this one. */
+  hideKey(curve) {
+    return curve.run ? `run:${curve.run}` : `${this.key}:${curve.label}`;
+  }
+
+  isHidden(curve) {
+    return this.board.view.hidden.has(this.hideKey(curve));
+  }
+
+  /** Draw the other curves paler; null: none. */
+  highlight(key) {
+    const at = this.shown.findIndex((curve) => this.hideKey(curve) === key);
+    this.u?.setSeries(at < 0 ? null : this.at[at], { focus: true });
+  }
+
   hasNews() {
     return this.isTouched || this.#stamp(this.curves()) !== this.drawn;
   }
@@ -123,13 +153,14 @@ export class Chart {
     const stamp = this.#stamp(curves);
     this.drawn = stamp;
     this.isTouched = false;
-    this.shown = curves;
-    if (this.holder.hidden) {
-      this.#plot(curves);
+    this.all = curves;
+    this.shown = curves.filter((curve) => !this.isHidden(curve));
+    if (!this.isTable) {
+      this.#plot(this.shown);
     } else {
       this.#tellMissing([]); // the table lists them all
       this.#note([]);
-      this.#fillTable(curves, began);
+      this.#fillTable(this.shown, began);
     }
     this.#fillLegend(curves);
     this.drawnAt = performance.now();
@@ -141,44 +172,53 @@ export class Chart {
   #plot(curves) {
     const width = this.plot.clientWidth;
     if (!width) return;
-    const { x, smoothing, log } = this.board.view;
-    const isLog = log && this.takesLog;
-    const whole = curves.map((curve) => pointsOf(curve.series, { x, started: curve.started ?? 0, log: isLog }));
-    const scope = isLog || this.range ? null : this.#scope(curves, whole);
+    const { axis, smoothing } = this.board.view;
+    const { isLog } = this;
+    const whole = curves.map((curve) => pointsOf(curve.series, placesOf(curve, axis), isLog));
+    const usual = isLog || this.range ? null : this.#scope(curves, whole);
+    const robust = this.isRobust ? this.#robustScope(whole) : null;
+    const scope = robust ?? usual;
     const all = () => Math.max(0, ...curves.map(({ series }) => sizeOf(series)));
-    const largest = isLog ? 0 : scope ? Math.max(...scope.map(Math.abs)) : all();
+    const largest = isLog ? 0 : scope ? Math.max(...(usual ?? scope).map(Math.abs)) : all();
     this.shrinkage = shrinkageOf(largest);
     this.scope = scope?.map((value) => value / this.shrinkage) ?? null;
-    this.beyond = whole.map((part) => (scope ? placesBeyond(part, scope) : []));
-    const parts = whole.map((part, i) => {
-      const inScope = scope ? clamped(part, scope) : part;
-      const isSmoothed = this.takesSmoothing && !curves[i].isSparse;
-      return shrunk(smoothPart(inScope, isSmoothed ? smoothing : 0), this.shrinkage);
-    });
+    const beyond = whole.map((part) => (scope ? placesBeyond(part, scope) : []));
+    this.beyond = robust ? [] : beyond;
+    this.outliers = robust ? beyond.reduce((sum, places) => sum + places.length, 0) : 0;
+    this.by = curves.map((curve) => (this.takesSmoothing && !curve.isSparse ? smoothing : 0));
+    const parts = whole.map((part, i) =>
+      shrunk(smoothPart(usual ? clamped(part, usual) : part, this.by[i]), this.shrinkage),
+    );
+    this.parts = parts;
+    this.solid = new Set(curves.filter((_, i) => isJagged(parts[i].y)).map((curve) => curve.label));
     this.#tellMissing(isLog ? curves : []);
     this.#note(curves);
     const hasPoints = parts.some((part) => part.x.length);
     if (!hasPoints) {
       this.rest();
+      setText(this.empty, this.all.length > curves.length ? "All lines are hidden" : "Nothing yet");
       this.empty.hidden = false;
       return;
     }
     this.empty.hidden = true;
     // The background is drawn first: the spread of merged points, or the curve before smoothing.
-    const withBehind = curves.length <= 3;
-    const layout = parts.map((part) => (withBehind ? (part.low ? "b" : part.raw ? "r" : "-") : "-")).join("");
+    const { length } = curves;
+    const layout = parts
+      .map((part) => (part.low && length <= MOST_SPREADS ? "b" : part.raw && length <= MOST_RAW ? "r" : "-"))
+      .join("");
     const groups = parts.map((part, i) => {
       const behind = layout[i] === "b" ? [part.low, part.high] : layout[i] === "r" ? [part.raw] : [];
       return { x: part.x, columns: [...behind, part.y] };
     });
+    this.layout = layout;
     const data = align(groups);
     const signature = [
       layout,
       isLog,
       largest > HUGE,
-      x,
+      axis,
       width > 500,
-      ...curves.map((c) => `${c.colour}${c.dash}${c.width}${c.label}`),
+      ...curves.map((c) => `${c.colour}${this.dashOf(c)}${c.width}${c.label}`),
     ].join("|");
     if (this.u && this.signature === signature) {
       if (this.u.width !== width) this.u.setSize({ width, height: this.height });
@@ -189,6 +229,17 @@ export class Chart {
       this.u = new uPlot(this.#options(curves, layout, isLog, largest > HUGE, width), data, this.plot);
     }
     setAttribute(this.plot, "aria-label", this.#summary(curves));
+  }
+
+  /** A dashed line is drawn solid where it would look like hatching. */
+  dashOf(curve) {
+    return this.solid?.has(curve.label) ? [] : (curve.dash ?? []);
+  }
+
+  /** The range without outliers, of all curves. */
+  #robustScope(parts) {
+    const ranges = parts.map((part) => robustRange(part, this.board.view.zoom)).filter(Boolean);
+    return ranges.length ? commonScope(ranges) : null;
   }
 
   /** Report the curves that a logarithmic scale hides, completely or in part. */
@@ -226,6 +277,8 @@ export class Chart {
   /** Report the values that are not finite, or beyond the scale. */
   #note(curves) {
     const told = [];
+    const isShown = curves.length > 0 && this.outliers > 0;
+    if (isShown) told.push(`${count(this.outliers)} outliers lie beyond the scale (1st to 99th percentile).`);
     curves.forEach(({ label, series, show = number }, i) => {
       const what = series.width > 1 ? "points" : "values";
       const places = this.beyond?.[i] ?? [];
@@ -266,7 +319,7 @@ export class Chart {
       series.push({
         stroke: curve.colour,
         width: curve.width ?? 1.75,
-        dash: curve.dash ?? [],
+        dash: this.dashOf(curve),
         fill: curve.fill,
         points: curve.fill ? { show: false } : { size: 5, fill: curve.colour },
       });
@@ -274,6 +327,7 @@ export class Chart {
     const font = '11px system-ui, "Segoe UI", Roboto, sans-serif';
     const axis = { stroke: muted, font, grid: { stroke: grid, width: 1 }, ticks: { show: false }, gap: 4 };
     const { show = number, tick = show, isBinary = false } = curves[0] ?? {};
+    const xTick = tickOf(view.axis);
     return {
       width,
       height: this.height,
@@ -282,9 +336,9 @@ export class Chart {
       series,
       bands,
       scales: {
-        x: { time: false, range: (u, min, max) => view.zoom ?? (min === max ? [min - 1, max + 1] : [min, max]) },
+        x: { time: !xTick, range: (u, min, max) => view.zoom ?? (min === max ? [min - 1, max + 1] : [min, max]) },
         y: isLog
-          ? { distr: 3, range: (u, min, max) => logRange(min, max) }
+          ? { distr: 3, range: (u, min, max) => logRange(...(this.scope ?? [min, max])) }
           : { range: (u, min, max) => this.range ?? linearRange(...(this.scope ?? [min, max])) },
       },
       axes: [
@@ -292,17 +346,19 @@ export class Chart {
           ...axis,
           size: 22,
           space: 64,
-          values: (u, splits) => splits.map((v) => (view.x === "time" ? duration(v) : short(v))),
+          ...(xTick ? { values: (u, splits) => labelsOf(splits, xTick) } : {}),
         },
         {
           ...axis,
           size: (u, values) => Math.max(34, ...(values ?? []).map((value) => 10 + (value ?? "").length * 6.2)),
           space: this.isSmall ? 20 : 34,
-          values: (u, splits) => splits.map((v) => (v === null ? "" : this.#tick(tick, v))),
+          // The margin may lie above the largest number: it has no label.
+          values: (u, splits) => labelsOf(splits.map((v) => (v === null ? NaN : v * this.shrinkage)), tick),
           ...(isLog ? this.#logAxis() : {}),
           ...(isBinary ? { incrs: POWERS } : isHuge ? { incrs: HUGE_STEPS } : {}),
         },
       ],
+      focus: { alpha: 0.2 },
       cursor: {
         y: false,
         drag: { x: true, y: false, setScale: false },
@@ -328,11 +384,6 @@ export class Chart {
     };
   }
 
-  #tick(tick, value) {
-    const told = value * this.shrinkage;
-    return Number.isFinite(told) ? tick(told) : ""; // the margin may lie above the largest number
-  }
-
   #select(u) {
     const { left, width } = u.select;
     if (width < 4) return;
@@ -351,8 +402,8 @@ export class Chart {
     this.shown.forEach((curve, i) => {
       ctx.beginPath();
       ctx.strokeStyle = curve.colour;
-      for (const { index, isAbove } of sparsely(this.beyond?.[i] ?? [], (one) => this.#place(u, curve, one.index))) {
-        const x = this.#place(u, curve, index);
+      for (const { index, isAbove } of sparsely(this.beyond?.[i] ?? [], (one) => this.#place(u, i, one.index))) {
+        const x = this.#place(u, i, index);
         const y = isAbove ? u.bbox.top + edge : u.bbox.top + u.bbox.height - edge;
         const tip = isAbove ? y - size : y + size;
         ctx.moveTo(x - size, y);
@@ -362,8 +413,8 @@ export class Chart {
       ctx.stroke();
       ctx.beginPath();
       ctx.strokeStyle = colours().bad;
-      for (const index of sparsely(curve.series.odd?.keys() ?? [], (one) => this.#place(u, curve, one))) {
-        const [x, y] = [this.#place(u, curve, index), u.bbox.top + edge];
+      for (const index of sparsely(curve.series.odd?.keys() ?? [], (one) => this.#place(u, i, one))) {
+        const [x, y] = [this.#place(u, i, index), u.bbox.top + edge];
         ctx.moveTo(x - size, y - size);
         ctx.lineTo(x + size, y + size);
         ctx.moveTo(x + size, y - size);
@@ -375,59 +426,80 @@ export class Chart {
   }
 
   /** Where a point lies from left to right, on the canvas; NaN outside of the plot. */
-  #place(u, curve, index) {
-    const x = u.valToPos(this.#x(curve, index), "x", true);
+  #place(u, i, index) {
+    const x = u.valToPos(this.parts[i].x[index], "x", true);
     return x < u.bbox.left || x > u.bbox.left + u.bbox.width ? NaN : x;
-  }
-
-  #x(curve, index) {
-    return this.board.view.x === "time" ? curve.series.time[index] - (curve.started ?? 0) : curve.series.step[index];
   }
 
   // ------------------------------------------------------------------------------------------------ the legend
 
   #fillLegend(curves) {
-    const key = curves.map((curve) => `${curve.label}${curve.colour}`).join("|");
+    const key = curves
+      .map((curve) => `${curve.label}${curve.colour}${this.dashOf(curve)}${this.isHidden(curve)}`)
+      .join("|");
     if (key !== this.legendKey) {
       this.legendKey = key;
-      this.outputs = curves.map(() => el("span", { class: "value" }));
-      const items = curves.map((curve, i) =>
-        el(
-          "li",
-          {},
-          swatch(curve),
-          el("span", { class: "name", title: curve.label, text: curve.label }),
-          this.outputs[i],
-        ),
-      );
-      this.legend.replaceChildren(...items);
+      this.outputs = new Map(curves.map((curve) => [curve.label, el("span", { class: "value" })]));
+      const focused = this.legend.contains(document.activeElement) ? document.activeElement.title : null;
+      this.legend.replaceChildren(...curves.map((curve) => this.#legendItem(curve, curves.length > 1)));
+      // The runs are named once, at the top.
+      this.legend.classList.toggle("compact", curves.length > 1 && curves.every(({ run, label }) => run === label));
+      if (focused) [...this.legend.querySelectorAll("button")].find((one) => one.title === focused)?.focus();
     }
     if (this.u?.cursor.idx != null && this.u.cursor.left >= 0) this.#point(this.u);
     else this.#fillLast();
   }
 
+  #legendItem(curve, canHide) {
+    const { label } = curve;
+    const hideKey = this.hideKey(curve);
+    const shown = [swatch({ ...curve, dash: this.dashOf(curve) }), el("span", { class: "name", title: label, text: label })];
+    if (!canHide) return el("li", {}, ...shown, this.outputs.get(label));
+    const light = () => this.board.highlight(hideKey);
+    const unlight = () => this.board.highlight(null);
+    const on = { onmouseenter: light, onfocus: light, onmouseleave: unlight, onblur: unlight };
+    const button = el(
+      "button",
+      {
+        type: "button",
+        title: label,
+        "aria-pressed": String(!this.isHidden(curve)),
+        ...on,
+        onclick: () => this.board.hide(hideKey),
+      },
+      ...shown,
+    );
+    return el("li", {}, button, this.outputs.get(label));
+  }
+
   #fillLast() {
     setText(this.readout, "");
-    this.shown.forEach((curve, i) => {
-      if (this.outputs?.[i]) setText(this.outputs[i], (curve.show ?? number)(curve.last ?? curve.series.last));
-    });
+    for (const curve of this.all)
+      setText(this.outputs.get(curve.label), (curve.show ?? number)(curve.last ?? curve.series.last));
   }
 
   #point(u) {
     const x = u.cursor.left >= 0 && u.cursor.idx !== null ? u.data[0][u.cursor.idx] : null;
-    if (x === null || x === undefined || !this.outputs || this.outputs.length !== this.shown.length) {
+    if (x === null || x === undefined) {
       this.#fillLast();
       return;
     }
-    setText(this.readout, this.board.view.x === "time" ? duration(x) : `step ${count(x)}`);
-    this.shown.forEach((curve, i) => setText(this.outputs[i], this.#valueAt(curve, x)));
+    setText(this.readout, placeOn(this.board.view.axis, x));
+    this.shown.forEach((curve, i) => {
+      const { value, raw } = this.#valueAt(i, x);
+      this.outputs.get(curve.label)?.replaceChildren(value, raw ? el("span", { class: "raw", text: ` raw ${raw}` }) : "");
+    });
   }
 
-  #valueAt(curve, x) {
-    const { series } = curve;
-    const xs = this.board.view.x === "time" ? series.time.subarray(0, series.length) : series.step;
-    const at = nearest(xs, series.length, this.board.view.x === "time" ? x + (curve.started ?? 0) : x);
-    return at < 0 ? "–" : (curve.show ?? number)((curve.values ?? series.mean)[at]);
+  /** What a curve reads at a place: `{value, raw}`, where `raw` is the value before smoothing, if it is smoothed. */
+  #valueAt(i, x) {
+    const { series, show = number, values } = this.shown[i];
+    const part = this.parts[i];
+    const at = nearest(part.x, part.x.length, x);
+    if (at < 0) return { value: "–" };
+    const raw = show((values ?? series.mean)[at]);
+    const y = part.y[at];
+    return this.by[i] > 0 && y !== null ? { value: show(y * this.shrinkage), raw } : { value: raw };
   }
 
   #summary(curves) {
@@ -456,17 +528,20 @@ export class Chart {
       event.preventDefault();
       const x = xs[Math.min(xs.length - 1, Math.max(0, to))];
       this.u.setCursor({ left: this.u.valToPos(x, "x"), top: this.height / 2 });
-      const told = this.shown.map((curve) => `${curve.label} ${this.#valueAt(curve, x)}`);
-      announce(`${this.board.view.x === "time" ? duration(x) : `Step ${count(x)}`}: ${told.join(", ")}`);
+      const told = this.shown.map((curve, i) => {
+        const { value, raw } = this.#valueAt(i, x);
+        return `${curve.label} ${value}${raw ? ` (raw ${raw})` : ""}`;
+      });
+      const place = placeOn(this.board.view.axis, x);
+      announce(`${place[0].toUpperCase()}${place.slice(1)}: ${told.join(", ")}`);
     }
   }
 
   // ------------------------------------------------------------------------------------------------- the table
 
-  #showTable(isTable) {
+  showTable(isTable) {
     this.holder.hidden = !isTable;
     this.plot.hidden = isTable;
-    this.toggle.setAttribute("aria-pressed", String(isTable));
     if (isTable) this.rest();
     this.tableAt = 0;
     this.touch();
@@ -550,12 +625,4 @@ export function swatch(curve) {
   const line = { x1: 0, x2: 26, y1: 5, y2: 5, stroke: curve.colour, "stroke-width": curve.width ?? 2 };
   root.append(svg("line", { ...line, "stroke-dasharray": (curve.dash ?? []).join(" ") || null }));
   return root;
-}
-
-function short(value) {
-  const size = Math.abs(value);
-  if (size >= 1e9) return `${number(value / 1e9, 3)}B`;
-  if (size >= 1e6) return `${number(value / 1e6, 3)}M`;
-  if (size >= 1e4) return `${number(value / 1e3, 4)}k`;
-  return Number.isInteger(value) ? count(value) : number(value);
 }

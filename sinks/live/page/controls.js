@@ -38,35 +38,35 @@ export function showCommands(app, store) {
 
 export function showControls(app) {
   const { view } = app;
-  byId("log").checked = view.log;
+  byId("log").checked = view.log.all;
+  byId("robust").checked = view.robust.all;
+  byId("unzoom").hidden = view.zoom === null;
   byId("smoothing").value = view.smoothing;
   setText(byId("smoothing-value"), view.smoothing ? number(view.smoothing) : "off");
   byId("x").value = view.x;
-  byId("metrics-filter").value = view.filter;
+  if (byId("metrics-filter") !== document.activeElement) byId("metrics-filter").value = view.filter;
 }
 
 export function setUpControls(app) {
   const { view } = app;
-  const changed = () => {
-    showControls(app);
-    app.keepFragment();
-    app.board.invalidate();
-  };
-  byId("log").addEventListener("change", (event) => {
-    view.log = event.target.checked;
-    changed();
-  });
+  const { board } = app;
+  for (const name of ["log", "robust"]) {
+    byId(name).addEventListener("change", (event) => {
+      view[name].all = event.target.checked;
+      view[name].own.clear(); // the choice holds for all charts
+      board.changed();
+    });
+  }
   byId("smoothing").addEventListener("input", (event) => {
     view.smoothing = Number(event.target.value);
-    changed();
+    board.changed();
   });
   byId("x").addEventListener("change", (event) => {
     view.x = event.target.value;
     view.zoom = null;
-    view.zoomed();
-    changed();
+    board.changed();
   });
-  byId("unzoom").addEventListener("click", () => app.board.zoom(null));
+  byId("unzoom").addEventListener("click", () => board.zoom(null));
   byId("skip").addEventListener("click", (event) => {
     event.preventDefault(); // the fragment is the page's state
     byId("main").focus();

@@ -1,17 +1,12 @@
 /** Turns series into columns to draw: smoothing, scales, and several curves over one x. Pure functions. */
 
-/** The part of a curve that can be drawn: `{x, y, low, high}`, of equal length. */
-export function pointsOf(series, { x, started, log }) {
-  const length = series.length;
-  const xs =
-    x === "time"
-      ? Float64Array.from(series.time.subarray(0, length), (time) => time - started)
-      : series.step.subarray(0, length);
-  const y = drawable(series.mean, length, log);
+/** The part of a curve that can be drawn: `{x, y, low, high}`, of equal length. `x`: the places of its points. */
+export function pointsOf(series, x, log) {
+  const { length } = series;
   const isWide = series.width > 1 && series.low !== undefined;
   return {
-    x: xs,
-    y,
+    x,
+    y: drawable(series.mean, length, log),
     raw: null,
     low: isWide ? drawable(series.low, length, log) : null,
     high: isWide ? drawable(series.high, length, log) : null,
@@ -191,6 +186,32 @@ export function commonScope(scopes) {
   const least = Math.max(1, Math.min(...sizes));
   const kept = scopes.filter((_, index) => sizes[index] <= ABSURD * least);
   return [Math.min(...kept.map(([low]) => low)), Math.max(...kept.map(([, high]) => high))];
+}
+
+/** The range from the 1st to the 99th percentile of the drawn values within `zoom`; null without values. */
+export function robustRange({ x, y, low, high }, zoom) {
+  const sorted = (column) =>
+    Float64Array.from(column)
+      .filter((value, at) => column[at] !== null && value === value && (!zoom || (x[at] >= zoom[0] && x[at] <= zoom[1])))
+      .sort();
+  const [lows, highs] = low ? [sorted(low), sorted(high)] : Array(2).fill(sorted(y));
+  if (!lows.length) return null;
+  return [lows[Math.floor(0.01 * (lows.length - 1))], highs[Math.ceil(0.99 * (highs.length - 1))]];
+}
+
+/** Total ups and downs, in heights of the curve, from which a dashed line looks like hatching. */
+const JAGGED = 8;
+
+export function isJagged(values) {
+  let [low, high, way, before] = [Infinity, -Infinity, 0, null];
+  for (const value of values) {
+    if (value === null) continue;
+    if (before !== null) way += Math.abs(value - before);
+    before = value;
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return way > JAGGED * (high - low);
 }
 
 /** Clamp the part of a curve just outside the scale: a canvas cannot draw a line to 1e300. */

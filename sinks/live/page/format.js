@@ -33,8 +33,8 @@ export function number(value, digits = 4) {
 }
 
 /** Bytes, in powers of 1,024: `1.4 GiB`. */
-export function bytes(value) {
-  return scaled(value, 1024, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]);
+export function bytes(value, digits) {
+  return scaled(value, 1024, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"], digits);
 }
 
 /** A rate: `1,240 rows/s`. */
@@ -42,15 +42,15 @@ export function rate(value, unit) {
   return isNumber(value) ? `${number(value)} ${unit}/s` : NONE;
 }
 
-/** A span of time: `850 µs`, `12.3 s`, `1h 04m`, `3d 02h`. */
-export function duration(seconds) {
+/** A span of time: `850 µs`, `12.3 s`, `1h 04m`, `3d 02h`; with more digits than 3: `64.25 s`. */
+export function duration(seconds, digits = 3) {
   if (!isNumber(seconds)) return NONE;
   const size = Math.abs(seconds);
   if (size === 0) return "0 s";
   if (size >= 1e12) return `${number(seconds)} s`;
-  if (size < 1e-3) return `${number(seconds * 1e6, 3)} µs`;
-  if (size < 1) return `${number(seconds * 1e3, 3)} ms`;
-  if (size < 60) return `${number(seconds, 3)} s`;
+  if (size < 1e-3) return `${number(seconds * 1e6, digits)} µs`;
+  if (size < 1) return `${number(seconds * 1e3, digits)} ms`;
+  if (size < 60 || digits > 3) return `${number(seconds, digits)} s`;
   if (Math.round(size) < 3600) return pair(seconds, 60, "m", "s");
   if (Math.round(size / 60) < 1440) return pair(seconds / 60, 60, "h", "m");
   return pair(seconds / 3600, 24, "d", "h");
@@ -137,11 +137,11 @@ const HIGH = new Set([
 ]);
 
 function having(unit) {
-  return (value) => (isNumber(value) ? `${number(value, 3)} ${unit}` : NONE);
+  return (value, digits = 3) => (isNumber(value) ? `${number(value, digits)} ${unit}` : NONE);
 }
 
-function bytesPerS(value) {
-  return isNumber(value) ? `${bytes(value)}/s` : NONE;
+function bytesPerS(value, digits) {
+  return isNumber(value) ? `${bytes(value, digits)}/s` : NONE;
 }
 
 /** The time of day, with the day if it is not today; for short lines. */
@@ -165,14 +165,14 @@ function trimmed(text) {
   return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
 }
 
-function scaled(value, base, units) {
+function scaled(value, base, units, digits = 3) {
   if (!isNumber(value)) return NONE;
   let index = 0;
   while (Math.abs(value) >= base * 0.9995 && index < units.length - 1) {
     value /= base;
     index += 1;
   }
-  return `${index === 0 ? whole.format(value) : number(value, 3)} ${units[index]}`;
+  return `${index === 0 ? whole.format(value) : number(value, digits)} ${units[index]}`;
 }
 
 function pair(value, base, large, small) {

@@ -35,6 +35,7 @@ export function ledgerCurves(store) {
       isHatched,
       width: 0.5,
       started: store.run.started,
+      epochSteps: store.run.steps_per_epoch,
       fill: (u) => filling(u.ctx, colour, isHatched),
       series: {
         step,

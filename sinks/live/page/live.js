@@ -8,9 +8,11 @@ import { announce, contained, setAttribute, setText } from "./dom.js";
 import { writeFigures } from "./figures.js";
 import { count, duration } from "./format.js";
 import { fillHistograms, fillMedia } from "./media.js";
+import { ChartMenu } from "./menu.js";
 import { Checkpoints, fillAbout, fillObservers, fillProblems, fillRanks, Log } from "./panels.js";
 import { fillCompared, RunList, statusOf } from "./runs.js";
 import { Sections } from "./sections.js";
+import { Layout, View } from "./settings.js";
 import { RunStore } from "./store.js";
 import { colours, DASHES } from "./theme.js";
 
@@ -34,14 +36,8 @@ function byId(id) {
 
 class App {
   constructor() {
-    this.view = {
-      x: "step",
-      log: false,
-      smoothing: 0,
-      filter: "",
-      zoom: null,
-      zoomed: () => (byId("unzoom").hidden = this.view.zoom === null),
-    };
+    this.view = new View();
+    this.layout = new Layout();
     this.chosen = []; // the first is the one whose tables are shown
     this.open = new Map(); // run id -> {store, connection, slot}
     this.runs = [];
@@ -50,6 +46,9 @@ class App {
     this.pending = new Map(); // commands without an answer
     this.readFragment();
     this.board = new Board(this.view);
+    this.board.onchange = () => this.changed();
+    const menu = new ChartMenu(this);
+    this.board.openMenu = (chart) => menu.open(chart);
     this.sections = new Sections(this);
     this.checkpoints = new Checkpoints();
     this.log = new Log();
@@ -69,6 +68,7 @@ class App {
     window.addEventListener("online", () => this.reconnect());
     window.addEventListener("hashchange", () => {
       this.readFragment();
+      this.isRearranged = true;
       this.follow();
     });
   }
@@ -78,20 +78,13 @@ class App {
   readFragment() {
     const wanted = new URLSearchParams(location.hash.slice(1));
     this.chosen = [...new Set(wanted.getAll("run"))].slice(0, MOST_COMPARED);
-    this.view.log = wanted.get("log") === "1";
-    const smoothing = Number(wanted.get("smooth"));
-    this.view.smoothing = smoothing > 0 && smoothing < 1 ? smoothing : 0;
-    this.view.x = wanted.get("x") === "time" ? "time" : "step";
-    this.view.filter = wanted.get("metrics") ?? "";
+    this.view.read(wanted);
   }
 
   fragment(chosen = this.chosen) {
     const told = new URLSearchParams();
     for (const runId of chosen) told.append("run", runId);
-    if (this.view.log) told.set("log", "1");
-    if (this.view.smoothing) told.set("smooth", this.view.smoothing);
-    if (this.view.x !== "step") told.set("x", this.view.x);
-    if (this.view.filter) told.set("metrics", this.view.filter);
+    this.view.write(told);
     return `#${told}`;
   }
 
@@ -298,6 +291,7 @@ class App {
     byId("waiting").hidden = true;
     byId("content").hidden = false;
     if (document.hidden) return; // a hidden page is updated when it is shown
+    this.followAxis();
     const isRearranged = this.isRearranged;
     if (isRearranged) {
       this.isRearranged = false;
@@ -446,10 +440,23 @@ class App {
     dialog.showModal();
   }
 
-  setFilter(text) {
-    this.view.filter = text;
+  /** Follow a changed setting of the charts. */
+  changed() {
     this.keepFragment();
-    this.sections.arrange();
+    this.followAxis();
+    showControls(this);
+  }
+
+  /** Epochs are an axis once each shown run has told how many steps one has. */
+  followAxis() {
+    const { view } = this;
+    const stores = this.shownRuns().map((one) => one.store);
+    const isUnknown = view.x === "epoch" && stores.some((one) => one.isLoaded && !(one.run.steps_per_epoch > 0));
+    const axis = isUnknown ? "step" : view.x;
+    byId("axis-note").hidden = !isUnknown;
+    if (axis === view.axis) return;
+    view.axis = axis;
+    this.board.invalidate();
   }
 }
 

@@ -45,10 +45,13 @@ export function kindOf(name, stages) {
 export class Sections {
   constructor(app) {
     this.app = app;
-    this.known = { training: new Map(), validation: new Map(), system: new Map(), metrics: new Map() };
+    this.known = { pinned: new Map(), training: new Map(), validation: new Map(), system: new Map() };
+    this.groups = new Map(); // prefix of metrics -> its section
     this.most = FIRST_METRICS;
     this.parts = Object.fromEntries(
       [
+        "pinned",
+        "pinned-section",
         "training",
         "validation",
         "system",
@@ -59,6 +62,7 @@ export class Sections {
         "metrics-section",
         "metrics-count",
         "metrics-filter",
+        "metrics-fold",
         "metrics-none",
         "metrics-more",
         "ledger-section",
@@ -66,15 +70,24 @@ export class Sections {
         "ledger-table",
       ].map((id) => [id, document.getElementById(id)]),
     );
-    this.parts["metrics-filter"].addEventListener("input", () =>
-      this.app.setFilter(this.parts["metrics-filter"].value),
-    );
+    this.parts["metrics-filter"].addEventListener("input", () => {
+      this.app.view.filter = this.parts["metrics-filter"].value;
+      this.#rearranged();
+    });
+    this.parts["metrics-fold"].addEventListener("click", () => {
+      const { folded } = this.app.view;
+      const prefixes = this.prefixes.filter(Boolean);
+      const isFolded = prefixes.every((prefix) => folded.has(prefix));
+      for (const prefix of prefixes) isFolded ? folded.delete(prefix) : folded.add(prefix);
+      this.#rearranged();
+    });
     this.parts["metrics-more"].addEventListener("click", () => {
       this.most += MORE_METRICS;
       this.arrange();
     });
     this.ledger = new Chart({
       title: "Share of wall time",
+      key: "ledger",
       curves: () => ledgerCurves(this.app.focus()?.store),
       height: 250,
       takesSmoothing: false,
@@ -91,100 +104,171 @@ export class Sections {
     for (const { store } of this.app.shownRuns()) {
       for (const name of store.series.keys()) kinds[kindOf(name, store.stages)].add(name);
     }
-    this.#arrangeTraining(kinds);
     const validation = groupKeys(
       [...kinds.validation].filter(
         (name) => !name.startsWith("val_loss") || name.length > 8 || kinds.validation.size > 1,
       ),
     );
-    this.#place(
-      "validation",
-      [...validation.keys()].sort(byName),
-      (key) =>
-        this.#chart(key, () => validation.get(key) ?? [key], {
-          height: 150,
-          isSmall: true,
-          takesLog: key.includes("loss"),
-          labels: keyLabel,
-        }),
-      validation,
-    );
-    this.parts["validation-section"].hidden = kinds.validation.size === 0;
     const system = groupSystem(kinds.system);
-    this.#place(
-      "system",
-      [...system.keys()].sort(bySystem),
-      (key) =>
-        this.#chart(key, () => system.get(key).names, {
-          height: 110,
-          isSmall: true,
-          takesSmoothing: false,
-          labels: systemLabel,
-        }),
-      system,
-    );
+    const metrics = [...kinds.user].sort(byName);
+    const small = { height: 110, isSmall: true };
+    this.names = { training: trainingNames(kinds, this.app.isComparing()), validation, system };
+    /** Of each part of the page: the keys of its charts, and the options of each. */
+    this.sources = {
+      training: { keys: [...this.names.training.keys()], of: (key) => TRAINING[key] },
+      validation: {
+        keys: [...validation.keys()].sort(byName),
+        of: (key) => ({ height: 150, isSmall: true, takesLog: key.includes("loss"), labels: keyLabel }),
+      },
+      system: {
+        keys: [...system.keys()].sort(bySystem),
+        of: () => ({ ...small, takesSmoothing: false, labels: systemLabel }),
+      },
+      metrics: { keys: metrics, of: () => small },
+    };
+    this.#arrangePinned();
+    for (const part of ["training", "validation", "system"]) {
+      const { keys } = this.sources[part];
+      this.#place(part, this.parts[part], this.known[part], keys.map((key) => `${part}/${key}`));
+    }
+    this.parts["validation-section"].hidden = kinds.validation.size === 0;
     this.parts["system-section"].hidden = system.size === 0;
     this.parts["ledger-section"].hidden = !this.app.focus()?.store.get("ledger/wall_s");
-    this.#arrangeMetrics([...kinds.user].sort(byName));
+    this.#arrangeMetrics(metrics);
     this.app.board.wake();
   }
 
-  #arrangeTraining(kinds) {
-    const has = (name) => kinds.train.has(name);
-    const losses = () => {
-      const names = [
-        "train_loss",
-        ...[...kinds.validation].filter((name) => /^val_loss(\/|$)/.test(name)).sort(byName),
-      ];
-      return this.app.isComparing() ? names.slice(0, 2) : names.slice(0, 5);
-    };
-    this.losses = losses;
-    const keys = [
-      "Loss",
-      has("lr") && "Learning rate",
-      has("grad_norm") && "Gradient norm",
-      "Throughput",
-      "Step time",
-    ].filter(Boolean);
-    const made = {
-      Loss: () => this.#chart("Loss", () => this.losses(), { takesLog: true, labels: lossLabel, isWide: true }),
-      "Learning rate": () => this.#chart("Learning rate", () => ["lr"], { takesSmoothing: false }),
-      "Gradient norm": () => this.#chart("Gradient norm", () => ["grad_norm"]),
-      Throughput: () => this.#chart("Throughput", () => ["rows_per_s"]),
-      "Step time": () => this.#chart("Step time", () => ["step_s"]),
-    };
-    this.#place("training", keys, (key) => made[key]());
+  /** Arrange the charts anew after a choice of the reader, which the address keeps. */
+  #rearranged() {
+    this.app.keepFragment();
+    this.arrange();
   }
 
+  /** The pinned charts that the shown runs have: they leave their sections. */
+  #arrangePinned() {
+    const all = new Set();
+    for (const [part, { keys }] of Object.entries(this.sources)) for (const key of keys) all.add(`${part}/${key}`);
+    this.pinned = new Set(this.app.layout.pinned.filter((key) => all.has(key)));
+    this.#place("pinned", this.parts.pinned, this.known.pinned, [...this.pinned]);
+    this.parts["pinned-section"].hidden = this.pinned.size === 0;
+  }
+
+  /** The user's metrics: a section for each prefix, up to a maximum number of charts in all. */
   #arrangeMetrics(names) {
-    const wanted = this.app.view.filter.trim();
+    const { view, layout } = this.app;
+    const wanted = view.filter.trim();
     const { matches, problem } = matcher(wanted);
     const found = names.filter(matches);
-    const shown = found.slice(0, this.most);
-    this.#place("metrics", shown, (name) => this.#chart(name, () => [name], { height: 110, isSmall: true }));
+    const byPrefix = new Map();
+    for (const name of found) {
+      if (this.pinned.has(`metrics/${name}`)) continue;
+      const prefix = prefixOf(name);
+      if (!byPrefix.has(prefix)) byPrefix.set(prefix, []);
+      byPrefix.get(prefix).push(`metrics/${name}`);
+    }
+    this.prefixes = [...byPrefix.keys()].sort((a, b) => (a && b ? byName(a, b) : a ? 1 : -1)); // without one: first
+    let room = this.most;
+    let isMore = false;
+    const shown = new Map(); // prefix -> keys of the charts
+    for (const prefix of this.prefixes) {
+      const isFolded = view.folded.has(prefix) && prefix !== "";
+      const keys = isFolded ? [] : layout.sorted(`metrics/${prefix}`, byPrefix.get(prefix)).slice(0, room);
+      isMore ||= !isFolded && keys.length < byPrefix.get(prefix).length;
+      if (!isFolded && !keys.length) break;
+      room -= keys.length;
+      shown.set(prefix, keys);
+    }
+    reconcile(this.parts.metrics, this.groups, [...shown.keys()], (prefix) => this.#group(prefix));
+    for (const [prefix, keys] of shown) this.groups.get(prefix).fill(keys, byPrefix.get(prefix).length, shown.size > 1);
+    this.#tellMetrics(names, found, this.most - room, problem);
+    this.parts["metrics-more"].hidden = !isMore;
+    const prefixes = this.prefixes.filter(Boolean);
+    this.parts["metrics-fold"].hidden = prefixes.length < 2;
+    setText(
+      this.parts["metrics-fold"],
+      prefixes.every((prefix) => view.folded.has(prefix)) ? "Unfold all" : "Fold all",
+    );
+  }
+
+  #tellMetrics(names, found, shown, problem) {
+    const wanted = this.app.view.filter.trim();
     this.parts["metrics-section"].hidden = names.length === 0;
     this.parts["metrics-filter"].hidden = names.length < SEARCH_FROM && !wanted;
-    const some = shown.length < names.length ? `${count(shown.length)} of ${count(names.length)}` : count(names.length);
+    const some = shown < names.length ? `${count(shown)} of ${count(names.length)}` : count(names.length);
     setText(this.parts["metrics-count"], names.length ? some : "");
     const none = found.length || !names.length ? null : `No match for “${wanted}” among ${count(names.length)} metrics.`;
     const said = [problem, none].filter(Boolean).join(" ");
     this.parts["metrics-none"].hidden = !said;
     setText(this.parts["metrics-none"], said);
     setAttribute(this.parts["metrics-filter"], "aria-invalid", problem ? "true" : null);
-    this.parts["metrics-more"].hidden = found.length <= shown.length;
   }
 
-  #place(part, keys, make, groups) {
-    this.groups = { ...this.groups, [part]: groups };
-    reconcile(this.parts[part], this.known[part], keys, (key) => {
-      const chart = make(key);
-      this.app.board.add(chart);
+  /** A section of metrics with one prefix, which can be folded. */
+  #group(prefix) {
+    const { view } = this.app;
+    const known = new Map();
+    const grid = el("div", { class: "grid fine" });
+    const number = el("span", { class: "hint" });
+    const name = el("span", { class: "name", text: prefix || "without a prefix" });
+    const summary = el("summary", {}, name, number);
+    const root = el("details", { class: "group", open: !view.folded.has(prefix) }, summary, grid);
+    root.addEventListener("toggle", () => {
+      if (root.open !== view.folded.has(prefix)) return; // set by the page itself
+      if (root.open) view.folded.delete(prefix);
+      else view.folded.add(prefix);
+      this.#rearranged();
+    });
+    return {
+      root,
+      fill: (keys, all, isOneOfSeveral) => {
+        root.open = prefix === "" || !view.folded.has(prefix);
+        summary.hidden = prefix === "" && !isOneOfSeveral;
+        const isPart = root.open && keys.length < all;
+        setText(number, isPart ? `${count(keys.length)} of ${count(all)}` : count(all));
+        this.#place(`metrics/${prefix}`, grid, known, keys);
+      },
+      destroy: () => known.forEach((chart) => chart.destroy()),
+    };
+  }
+
+  /** Place charts in a section. `keys`: of charts, in their usual order; the pinned ones are elsewhere. */
+  #place(section, grid, known, keys) {
+    const { layout, board } = this.app;
+    const own = section === "pinned" ? keys : layout.sorted(section, keys).filter((key) => !this.pinned.has(key));
+    reconcile(grid, known, own, (key) => {
+      const chart = this.#chart(key);
+      board.add(chart);
       return chart;
     });
+    for (const key of own) known.get(key).place = { section, keys: own };
   }
 
-  #chart(title, names, { labels = (name) => name, isWide = false, ...options } = {}) {
-    const chart = new Chart({ title, curves: () => this.#curves(names(), labels), ...options });
+  /** Move a chart in its section; returns its new place, from 0. */
+  move(chart, by) {
+    const { section, keys } = chart.place;
+    const place = this.app.layout.move(section, keys, chart.key, by);
+    this.arrange();
+    return place;
+  }
+
+  pin(chart, isPinned) {
+    this.app.layout.pin(chart.key, isPinned);
+    this.arrange();
+  }
+
+  isPinned(chart) {
+    return this.pinned.has(chart.key);
+  }
+
+  #chart(key) {
+    const at = key.indexOf("/");
+    const [part, title] = [key.slice(0, at), key.slice(at + 1)];
+    const { labels = (name) => name, isWide = false, ...options } = this.sources[part].of(title);
+    const names = () => {
+      const found = this.names[part]?.get(title);
+      return part === "metrics" ? [title] : (found?.names ?? found ?? []);
+    };
+    const chart = new Chart({ title, key, curves: () => this.#curves(names(), labels), ...options });
     if (isWide) chart.root.classList.add("wide");
     return chart;
   }
@@ -209,7 +293,9 @@ export class Sections {
             : names.length > 1 || label !== name
               ? label
               : "last",
+          run: isComparing ? store.runId : null,
           started: store.run.started ?? 0,
+          epochSteps: store.run.steps_per_epoch,
           ...unitOf(name),
           colour: run[at],
           dash: DASHES[at],
@@ -282,6 +368,36 @@ export class Sections {
     const cells = rows.map((row) => row.map((text, index) => (index ? cellOf(text) : text)));
     this.parts["validation-table"].replaceChildren(table(caption, heads, cells));
   }
+}
+
+/** The charts of training, in their order, with the names of their series. */
+function trainingNames(kinds, isComparing) {
+  const losses = [
+    "train_loss",
+    ...[...kinds.validation].filter((name) => /^val_loss(\/|$)/.test(name)).sort(byName),
+  ];
+  const all = [
+    ["Loss", losses.slice(0, isComparing ? 2 : 5)],
+    ["Learning rate", kinds.train.has("lr") && ["lr"]],
+    ["Gradient norm", kinds.train.has("grad_norm") && ["grad_norm"]],
+    ["Throughput", ["rows_per_s"]],
+    ["Step time", ["step_s"]],
+  ];
+  return new Map(all.filter(([, names]) => names));
+}
+
+const TRAINING = {
+  Loss: { takesLog: true, labels: lossLabel, isWide: true },
+  "Learning rate": { takesSmoothing: false },
+  "Gradient norm": {},
+  Throughput: {},
+  "Step time": {},
+};
+
+/** The part of a name before its first slash; empty without one. */
+function prefixOf(name) {
+  const at = name.indexOf("/");
+  return at > 0 ? name.slice(0, at) : "";
 }
 
 /** Whether a metric's lowest value is its best: by the run's setting, else by its name; null if unknown. */

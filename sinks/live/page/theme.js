@@ -36,6 +36,7 @@ export function colours() {
     };
     theme = {
       run: DASHES.map((_, index) => read(`--run-${index}`)),
+      text: read("--text"),
       muted: read("--muted"),
       grid: read("--grid"),
       surface: read("--surface"),
