@@ -15,6 +15,7 @@ that it takes no part (`Left`). Once all have answered, rank 0 checks the notes,
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Protocol
 
@@ -117,6 +118,17 @@ def tensors_name(rank: int) -> str:
 def state_name(rank: int) -> str:
     """Return the name of the file with what a rank alone has: its random generators, its place in the data."""
     return f"rank-{rank}.msgpack"
+
+
+def outputs_name(rank: int) -> str:
+    """Return the name, without a suffix, of the files with the outputs that a rank keeps for the end of an epoch."""
+    return "outputs" if rank == 0 else f"outputs-{rank}"
+
+
+def rank_of_outputs(name: str) -> int | None:
+    """Return the rank in a name of `outputs_name`, with or without the suffix of the state; None in another name."""
+    found = re.fullmatch(r"outputs(?:-([1-9][0-9]{0,6}))?(?:\.msgpack)?", name)
+    return int(found[1] or 0) if found is not None else None
 
 
 def note_name(rank: int) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from events.bus.backlog import Published
 from events.checkpoint import disk, packing
 from events.checkpoint.manifest import FileEntry
 from events.checkpoint.shards import (
@@ -23,6 +22,7 @@ from events.checkpoint.shards import (
     encode_note,
     encode_shards,
     note_name,
+    outputs_name,
     state_name,
     tensors_name,
 )
@@ -31,6 +31,7 @@ from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointError
 from events.messages import CheckpointStaged
 from events.tracebacks import describe
+from sinks.checkpoints.snapshots import SnapshotTarget, write_part
 
 _POLL_S = 0.02
 """Seconds between two looks at the messages of the other ranks."""
@@ -109,7 +110,9 @@ def _read_note(folder: disk.Folder, rank: int, entry: FileEntry) -> RankNote:
     if disk.entry_of(data) != entry:
         raise CheckpointError(f"rank {rank} has written another note than {name}; do all ranks share one file system?")
     note = decode_note(data, str(folder.path / name))
-    if note.rank != rank or note.files.keys() != {tensors_name(rank), state_name(rank)}:
+    required = {tensors_name(rank), state_name(rank)}
+    allowed = required | {f"{outputs_name(rank)}{suffix}" for suffix in (".msgpack", ".safetensors")}
+    if note.rank != rank or not required <= note.files.keys() <= allowed:
         raise CheckpointError(f"{folder.path / name} is not the note of rank {rank}")
     for file, listed in note.files.items():
         if (nbytes := folder.stat(file).st_size) != listed.nbytes:
@@ -120,48 +123,20 @@ def _read_note(folder: disk.Folder, rank: int, entry: FileEntry) -> RankNote:
     return note
 
 
-class RankWriter:
-    """Writes the parts of a rank other than 0: a supervised observer (`events.bus.target.Target`).
-
-    Rank 0 reports its failures, which end no run by themselves. All but the constructor runs on its own thread.
+class RankWriter(SnapshotTarget):
+    """Writes the parts of a rank other than 0. Rank 0 reports its failures, which end no run by themselves.
 
     Args:
         folder: Of rank 0's checkpoints, on a file system that both see.
         timeout_s: Maximum seconds to wait for rank 0.
     """
 
-    payloads = True
-    blocking = True
-
     def __init__(self, folder: Path, timeout_s: float) -> None:
+        super().__init__()
         self._store = CheckpointStore(folder)
         self._timeout_s = timeout_s
-        self._done = 0
-        self._abandoned = False
 
-    @property
-    def progress(self) -> tuple[str, int | None]:
-        return "write", self._done
-
-    def open(self) -> None:
-        """Do nothing: rank 0 prepares the folder."""
-
-    def deliver(self, batch: Sequence[Published], /) -> None:
-        """Write this rank's part of each checkpoint of a batch."""
-        self._done = 0
-        for event, payload in batch:
-            if isinstance(event, CheckpointStaged) and payload is not None and not self._abandoned:
-                self._save(payload.outputs)
-            self._done += 1
-
-    def abandon(self) -> None:
-        """Start no further checkpoint."""
-        self._abandoned = True
-
-    def close(self) -> None:
-        """Do nothing."""
-
-    def _save(self, snapshot: Snapshot) -> None:
+    def _save(self, event: CheckpointStaged, snapshot: Snapshot) -> None:
         part = snapshot.rank
         assert part is not None
         try:
@@ -200,6 +175,9 @@ def _write(folder: disk.Folder, snapshot: Snapshot, part: RankPart) -> FileEntry
     snapshot.release()
     packing.check_readable(snapshot.state, state)
     files[state] = disk.write_parts(folder, state, [snapshot.state])
+    for name, late in snapshot.parts.items():
+        if (own := late.get(0.0)) is not None:
+            write_part(folder, name, own, files)
     note = encode_note(RankNote(part.rank, files, part.chunks, part.aliases))
     written = disk.write_parts(folder, note_name(part.rank), [note])
     folder.sync()

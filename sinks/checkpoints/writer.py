@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from events.bus.backlog import Published
 from events.checkpoint import disk, packing
 from events.checkpoint.lineage import ranked
-from events.checkpoint.manifest import SHARDED_FORMAT, STATE_NAME, TENSORS_NAME, CheckpointName, FileEntry, Manifest
+from events.checkpoint.manifest import SHARDED_FORMAT, STATE_NAME, TENSORS_NAME, CheckpointName, Manifest
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.shards import Begun, Left
 from events.checkpoint.snapshot import Part, Snapshot
 from events.checkpoint.store import CheckpointStore
-from events.checkpoint.tensor_file import lay_out
 from events.errors import CheckpointsFailing
 from events.log import logger
 from events.messages import (
@@ -32,6 +30,7 @@ from events.sink import Delivery
 from events.tracebacks import describe
 from sinks.checkpoints.shards import RankBusy, gather
 from sinks.checkpoints.shards import RankWriter as RankWriter
+from sinks.checkpoints.snapshots import SnapshotTarget, write_part
 from sinks.checkpoints.weights import WeightsWriter
 
 WRITER_DELIVERY = Delivery(
@@ -46,8 +45,8 @@ _PART_TIMEOUT_S = 60.0
 """Seconds to wait for the state of a callback that may be disabled; restarted whenever the callback makes progress."""
 
 
-class CheckpointWriter:
-    """A supervised observer (`events.bus.target.Target`). All but the constructor runs on its own thread.
+class CheckpointWriter(SnapshotTarget):
+    """Writes the snapshots, on rank 0 of several those of all, and deletes old checkpoints.
 
     Args:
         store: The run's checkpoints.
@@ -77,6 +76,7 @@ class CheckpointWriter:
         versions: dict[str, str],
         url: str | None = None,
     ) -> None:
+        super().__init__()
         self.last_saved: Path | None = None
         """The newest durable checkpoint."""
         self.best: tuple[Path, float] | None = None
@@ -93,42 +93,6 @@ class CheckpointWriter:
         self._failures = 0
         self._undeleted: set[CheckpointName] = set()
         self._ended = False
-        self._done = 0
-        self._abandoned = False
-
-    @property
-    def progress(self) -> tuple[str, int | None]:
-        return "write", self._done
-
-    def open(self) -> None:
-        """Do nothing: the folder was prepared before the run started."""
-
-    def deliver(self, batch: Sequence[Published], /) -> None:
-        """Write each checkpoint of a batch.
-
-        Raises:
-            CheckpointsFailing: Too many in a row could not be made durable.
-        """
-        self._done = 0
-        for event, payload in batch:
-            if self._abandoned:
-                return
-            if isinstance(event, CheckpointStaged) and payload is not None:
-                self._save(event, payload.outputs)
-            elif isinstance(event, RunEnded):
-                self._ended = True
-                self._store.sweep()
-                with self._store.lock:
-                    self._find_best()
-                    self.weights.write(event)
-            self._done += 1
-
-    def abandon(self) -> None:
-        """Start no further checkpoint."""
-        self._abandoned = True
-
-    def close(self) -> None:
-        """Do nothing."""
 
     # ------------------------------------------------------------------------------------------- writing
 
@@ -190,7 +154,7 @@ class CheckpointWriter:
                 missing.append(owners.get(name, name))
                 logger.warning(f"checkpoint {snapshot.name} has no state of {missing[-1]}", published=True)
             else:
-                _write_part(folder, name, part, files)
+                write_part(folder, name, part, files)
         if snapshot.rank is not None:
             files |= gather(folder, snapshot.rank, self._settings.end_timeout_s, lambda: self._abandoned)
         manifest = Manifest(
@@ -244,6 +208,13 @@ class CheckpointWriter:
                 f" {describe(error)}; make room in {self._store.folder}, or use another run_dir"
             ) from error
 
+    def _end(self, event: RunEnded) -> None:
+        self._ended = True
+        self._store.sweep()
+        with self._store.lock:
+            self._find_best()
+            self.weights.write(event)
+
     # ----------------------------------------------------------------------------------------- retention
 
     def retain(self) -> None:
@@ -292,13 +263,3 @@ class CheckpointWriter:
             return
         self._undeleted.discard(name)
         self._publish(CheckpointDeleted(*header, checkpoint=str(name)))
-
-
-def _write_part(folder: disk.Folder, name: str, part: Part, files: dict[str, FileEntry]) -> None:
-    packing.check_readable(part.state, f"{name}.msgpack")
-    files[f"{name}.msgpack"] = disk.write_parts(folder, f"{name}.msgpack", [part.state])
-    if part.tensors:
-        layout = lay_out([info for info, _ in part.tensors], part.aliases)
-        in_order = sorted(zip(layout.offsets, (data for _, data in part.tensors), strict=True), key=lambda one: one[0])
-        parts: list[bytes | memoryview] = [layout.header, *(data for _, data in in_order)]
-        files[f"{name}.safetensors"] = disk.write_parts(folder, f"{name}.safetensors", parts)

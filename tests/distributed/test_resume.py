@@ -43,6 +43,8 @@ def check_weights(one: dict[str, Any], other: dict[str, Any], *, exactly: bool) 
     assert one["steps"] == other["steps"]
     difference = (one["weights"] - other["weights"]).abs().max()
     assert difference == 0 if exactly else difference < 1e-12
+    assert len(one["trained"]) == len(other["trained"])  # of the steps before the checkpoint, too
+    assert all(map(torch.equal, one["trained"], other["trained"]))
     assert one["metrics"]["val_loss/a"] == pytest.approx(other["metrics"]["val_loss/a"], abs=1e-12)
 
 

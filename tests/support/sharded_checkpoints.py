@@ -60,6 +60,7 @@ def go_on(folder: Path | None, strategy: str, resume: str | None = "auto", **mor
         "weights": {name: whole(value) for name, value in module.state_dict().items()},
         "metrics": result.metrics,
         "steps": result.global_step,
+        "trained": module.trained[-1] if module.trained else None,
         "events": sink.events,
         "file": result.weights,
     }
@@ -86,6 +87,7 @@ def check_continued(alone: dict[str, Any], found: dict[str, Any], what: object) 
     assert found["metrics"] == pytest.approx(alone["metrics"], rel=1e-12, abs=1e-12), what
     for name, value in alone["weights"].items():
         assert (found["weights"][name] - value).abs().max() < 1e-12, (what, name)
+    assert torch.equal(found["trained"], alone["trained"]), what  # of the steps before the checkpoint, too
 
 
 def checkpoints_in(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 from events.checkpoint.files import read_file, read_manifest
 from events.checkpoint.manifest import MANIFEST_NAME, SHARDED_FORMAT, STATE_NAME, TENSORS_NAME, Manifest
-from events.checkpoint.shards import state_name
+from events.checkpoint.shards import rank_of_outputs, state_name
 from events.checkpoint.weights import first_of
 from events.errors import CheckpointDamaged, CheckpointMismatch
 from events.log import logger
@@ -41,13 +41,14 @@ class Loaded:
     Args:
         module: The one to restore, if its parameters may be split; its tensors have a place already.
         rank: The one of this process.
+        ranks: Of this run.
 
     Raises:
         CheckpointDamaged: The checkpoint is incomplete or changed.
         CheckpointTooNew: A later version wrote it.
     """
 
-    def __init__(self, folder: Path, module: ModuleInterface | None = None, rank: int = 0) -> None:
+    def __init__(self, folder: Path, module: ModuleInterface | None = None, rank: int = 0, ranks: int = 1) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self._reader: Any = None
@@ -59,11 +60,15 @@ class Loaded:
             self.state: dict[str, Any] = self._reader.decode(self._state, layout, lambda name: not _is_late(name))
         else:
             self.state = self._joined(self._state, TENSORS_NAME)
-        own = state_name(rank)
+        others = {name for name in self.manifest.files if name.startswith("rank-") and name != state_name(rank)}
+        of_outputs = {name: rank_of_outputs(name) for name in self.manifest.files}
+        self.has_outputs = any(one is not None for one in of_outputs.values())
+        """Whether a rank has stored the outputs that it had kept for the end of the epoch."""
+        others |= {name for name, one in of_outputs.items() if one is not None and one % ranks != rank}
         self.parts = {
             name.removesuffix(".msgpack"): self._part(name)
             for name in self.manifest.files
-            if name.endswith(".msgpack") and name != STATE_NAME and (not name.startswith("rank-") or name == own)
+            if name.endswith(".msgpack") and name != STATE_NAME and name not in others
         }
         try:
             msgspec.convert(self.state, SavedState)
@@ -142,6 +147,12 @@ class Loaded:
             self.state["metrics"].pop("objects", None)  # those of rank 0 hold what it has seen
             self.state["rng"] = fresh_rng(seed_for(position["sampler_seed"], rank, self.global_step))
 
+    @property
+    def outputs(self) -> dict[int, Any]:
+        """The outputs of the epoch that ranks of the checkpoint's run had kept, by rank: those that this one adopts."""
+        found = {rank_of_outputs(name): part for name, part in self.parts.items()}
+        return {rank: part for rank, part in found.items() if rank is not None}
+
     def _kept(self, name: str) -> Any:
         """Return a copy of an entry of the state: an original tensor would keep the whole file in memory."""
         return clone_tensors(self.state[name])
@@ -149,7 +160,7 @@ class Loaded:
     def forget(self) -> None:
         """Release all state that has been restored; keep the entries that the loop reads later."""
         self.state = {name: self._kept(name) for name in ("global_step", "epoch", "position", "rng")}
-        self.parts = {name: part for name, part in self.parts.items() if name == "outputs"}
+        self.parts = {name: part for name, part in self.parts.items() if rank_of_outputs(name) is not None}
         self._reader, self._state = None, memoryview(b"")
 
     def restore_module(self, module: ModuleInterface, *, averaged: bool | None = False) -> None:

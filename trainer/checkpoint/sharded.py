@@ -54,6 +54,7 @@ class RankCollected(Collected):
     def __init__(self, tree: object, rank: int, own: object = None) -> None:
         self.chunks: list[Chunk] = []
         self._rank = rank
+        self._offsets: dict[object, tuple[int, ...] | None] = {}
         super().__init__(tree)
         if rank:
             with torch.no_grad():
@@ -69,9 +70,19 @@ class RankCollected(Collected):
                 f"the tensor {path} cannot be stored in a checkpoint: its ranks hold parts of a sum; add them up with"
                 f" full_tensor() in get_state()"
             )
-        if not _stores(value):
+        if (offsets := self._offsets_of(value)) is None:
             return self._name(path)
-        return self._store(path, value.to_local(), tuple(value.shape), _offsets_of(value))
+        return self._store(path, value.to_local(), tuple(value.shape), offsets)
+
+    def _offsets_of(self, value: DTensor) -> tuple[int, ...] | None:
+        """Return the first element of this rank's part, per dimension; None if another rank writes it.
+
+        Computed once for all tensors that are split alike, because torch takes longer for it than for a small copy.
+        """
+        layout = value.shape, value.device_mesh, value.placements
+        if layout not in self._offsets:
+            self._offsets[layout] = _offsets_of(value) if _stores(value) else None
+        return self._offsets[layout]
 
     def _store(
         self, path: str, value: object, shape: tuple[int, ...] | None = None, offsets: tuple[int, ...] | None = None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 from events.bus.fence import Fence
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.shards import Left, RankPart
+from events.checkpoint.shards import Left, RankPart, outputs_name
 from events.checkpoint.snapshot import LatePart, LazyPart
-from events.tracebacks import describe
 from trainer.checkpoint.sharded import RankCollected
-from trainer.checkpoint.slab import Slab, SlabPool
 from trainer.data.tensor_state import Collected
 from trainer.distributed.saved import Mail, RankStates
 from trainer.loop.attempt import Attempt
@@ -38,7 +37,7 @@ class ReplicatedCheckpointing(Checkpointing):
     def take(self, reasons: list[str], command_ids: Iterable[str] = (), *, must: bool = False) -> Fence | None:
         if self.settings is None:
             return None
-        self._ranks.send(self._place, lambda: rank_state(self._attempt, self.position, self.loader))
+        self._ranks.send(self._place, lambda: rank_state(self._attempt, self.position, self.loader), self._kept)
         if self._copies:
             return super().take(reasons, command_ids, must=must)
         self._follow()
@@ -46,7 +45,11 @@ class ReplicatedCheckpointing(Checkpointing):
 
     def _parts(self) -> tuple[dict[str, LatePart | LazyPart], dict[str, str]]:
         parts, owners = super()._parts()
-        return _common(parts, self._attempt) | self._ranks.parts(self._place), owners
+        return parts | self._ranks.parts(self._place, outputs=self._kept is not None), owners
+
+    def release(self) -> None:
+        super().release()
+        self._ranks.release()
 
 
 class ShardedCheckpointing(Checkpointing):
@@ -63,24 +66,9 @@ class ShardedCheckpointing(Checkpointing):
         self._mail.open(f"{self._taken_here}")
         return super().take(reasons, command_ids, must=must)
 
-    def _skip(self, reasons: list[str], command_ids: list[str]) -> None:
-        self._mail.send(Left())
-        super()._skip(reasons, command_ids)
-
-    def _stage(
-        self,
-        settings: Checkpoints,
-        pool: SlabPool,
-        slab: Slab,
-        reasons: list[str],
-        command_ids: list[str],
-        began: int,
-    ) -> Fence | None:
-        try:
-            return super()._stage(settings, pool, slab, reasons, command_ids, began)
-        except BaseException as error:
-            self._mail.send(Left(describe(error)))
-            raise
+    def _leave(self, error: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the ranks cannot reach each other: the run ends
+            self._mail.send(Left(error))
 
     def _collected(self, tree: object) -> Collected:
         world = self._attempt.world
@@ -93,17 +81,13 @@ class ShardedCheckpointing(Checkpointing):
         return RankPart(world.rank, world.size, collected.chunks, collected.aliases, self._mail.box)
 
     def _parts(self) -> tuple[dict[str, LatePart | LazyPart], dict[str, str]]:
-        if not self._attempt.world.leads:
-            return {}, {}
         parts, owners = super()._parts()
-        return _common(parts, self._attempt), owners
+        if self._attempt.world.leads:
+            return parts, owners
+        own = outputs_name(self._attempt.world.rank)
+        return {name: part for name, part in parts.items() if name == own}, {}
 
     @property
     def _is_taken(self) -> bool:
         # WAIT: for rank 0, at the end of training or at a stop: its writer knows which checkpoints have failed.
         return self._attempt.world.share(super()._is_taken)
-
-
-def _common(parts: dict[str, LatePart | LazyPart], attempt: Attempt) -> dict[str, LatePart | LazyPart]:
-    """Return the parts that belong to all ranks: the outputs of an epoch are those of one rank."""
-    return {name: part for name, part in parts.items() if attempt.world.size == 1 or name != "outputs"}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import msgspec
 
-from events.checkpoint.shards import Begun, Left, Written
+from events.checkpoint.shards import Begun, Left, Written, outputs_name
 from events.checkpoint.snapshot import LazyPart, Part
 from events.errors import UnstorableState
 from events.log import in_this_run, logger
@@ -24,7 +25,13 @@ _WAIT = timedelta(seconds=30)
 """How long rank 0's writer waits for a state, after which the checkpoint lacks it."""
 
 
+_PIECE_BYTES = 4 * 2**20
+"""Of a value in the store, which takes 8 MiB at most."""
+_OUTPUTS_BYTES = 64 * 2**20
+"""Maximum bytes of a rank's outputs of an epoch that go through the store, which is in the memory of one host."""
+
 _part = msgspec.msgpack.Decoder(Part | str)
+_first_piece = msgspec.msgpack.Decoder(tuple[int, bytes])
 
 
 class RankStates:
@@ -35,50 +42,91 @@ class RankStates:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._sent: deque[str] = deque()
+        self._sent: dict[str, deque[str]] = {"state": deque(), "outputs": deque()}
+        self._sender: ThreadPoolExecutor | None = None
 
-    def send(self, place: object, make: Callable[[], dict[str, Any]]) -> None:
+    def send(self, place: object, make: Callable[[], dict[str, Any]], outputs: Callable[[], Part] | None) -> None:
         """Send this rank's state at a place; nothing on rank 0. One request to the store, which does not wait for
-        others."""
-        world = self._world
-        if world.leads:
+        others.
+
+        Args:
+            outputs: Returns the outputs that are kept for the end of the epoch, which a thread sends; None without.
+        """
+        if self._world.leads:
             return
-        key = f"state/{world.rank}/{place}"
-        if key in self._sent:
+        self._put(self._world.store, "state", place, lambda: part_of(make()))
+        if outputs is not None:
+            if self._sender is None:
+                self._sender = ThreadPoolExecutor(1, "stagecast outputs")
+                self._connection = self._world.store.clone()  # a connection waits for one answer at a time
+            self._sender.submit(self._put, self._connection, "outputs", place, outputs)
+
+    def _put(self, store: Any, kind: str, place: object, make: Callable[[], Part]) -> None:
+        key, sent = f"{kind}/{self._world.rank}/{place}", self._sent[kind]
+        if key in sent:
             return
         try:
-            value: Part | str = part_of(make())
-        except UnstorableState as error:  # rank 0 logs it
-            value = str(error)
-        world.store.set(key, msgspec.msgpack.encode(value))
-        self._sent.append(key)
-        if len(self._sent) > _KEPT:
-            world.store.delete_key(self._sent.popleft())
+            value: Part | str = make()
+        except Exception as error:  # a border: rank 0 logs it
+            value = describe(error)
+        data = msgspec.msgpack.encode(value)
+        if kind == "outputs" and len(data) > _OUTPUTS_BYTES:
+            data = msgspec.msgpack.encode(f"they have {len(data):,} bytes, more than {_OUTPUTS_BYTES:,}")
+        pieces = [data[at : at + _PIECE_BYTES] for at in range(0, len(data), _PIECE_BYTES)]
+        for number, piece in enumerate(pieces[1:], 1):
+            store.set(f"{key}/{number}", piece)
+        store.set(key, msgspec.msgpack.encode((len(pieces), pieces[0])))
+        sent.append(key)
+        if len(sent) > _KEPT:
+            old = sent.popleft()
+            for number in range(1, _first_piece.decode(store.get(old))[0]):
+                store.delete_key(f"{old}/{number}")
+            store.delete_key(old)
 
-    def parts(self, place: object) -> dict[str, LazyPart]:
-        """Return the parts of a checkpoint that hold the states of the other ranks at a place."""
-        return {f"rank-{rank}": LazyPart(self._read(rank, place)) for rank in range(1, self._world.size)}
+    def release(self) -> None:
+        """Send what is left, at the end of the run."""
+        if self._sender is not None:
+            self._sender.shutdown()
 
-    def _read(self, rank: int, place: object) -> Callable[[], Part]:
-        store, key = self._world.store, f"state/{rank}/{place}"
+    def parts(self, place: object, *, outputs: bool) -> dict[str, LazyPart]:
+        """Return the parts of a checkpoint that hold the states of the other ranks at a place.
+
+        Args:
+            outputs: Whether they send outputs, too.
+        """
+        others = range(1, self._world.size)
+        parts = {f"rank-{rank}": LazyPart(self._read("state", rank, place, _LACKS_STATE)) for rank in others}
+        if outputs:
+            parts |= {
+                outputs_name(rank): LazyPart(self._read("outputs", rank, place, _LACKS_OUTPUTS)) for rank in others
+            }
+        return parts
+
+    def _read(self, kind: str, rank: int, place: object, lacks: str) -> Callable[[], Part]:
+        store, key = self._world.store, f"{kind}/{rank}/{place}"
 
         @in_this_run
         def read() -> Part:
             try:
                 own = store.clone()  # a connection waits for one answer at a time
                 own.wait([key], _WAIT)
-                part = _part.decode(own.get(key))
+                count, first = _first_piece.decode(own.get(key))
+                part = _part.decode(b"".join([first, *(own.get(f"{key}/{number}") for number in range(1, count))]))
                 if isinstance(part, str):
                     raise UnstorableState(part)
                 return part
             except Exception as error:  # a border: the weights are worth more than this
-                logger.warning(
-                    f"a checkpoint lacks the random generators of rank {rank}, so a run that resumes from it is not"
-                    f" exact: {describe(error)}"
-                )
+                logger.warning(f"a checkpoint lacks {lacks.format(rank=rank)}: {describe(error)}")
                 return part_of(None)
 
         return read
+
+
+_LACKS_STATE = "the random generators of rank {rank}, so a run that resumes from it is not exact"
+_LACKS_OUTPUTS = (
+    "the outputs of rank {rank} for the end of the epoch, so on_end_train_epoch of a run that resumes from it does not"
+    " receive them"
+)
 
 
 class Mail:

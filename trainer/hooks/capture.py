@@ -263,29 +263,48 @@ class EpochOutputs:
         Nothing is copied here, because later steps are only appended, and collating does not change a column.
         """
         columns, steps, size, last = list(self._columns), self.steps, self.nbytes, self._last
-        is_dropped = self._is_dropped
+        is_dropped, numbers = self._is_dropped, self.numbers
 
         def make() -> Part:
             if is_dropped:
                 return part_of(None)
             if last is not None:
                 last.wait()  # the copies before it went through the same stream
-            return part_of({"steps": steps, "nbytes": size, "columns": [pack_column(one[:steps]) for one in columns]})
+            packed = [pack_column(one[:steps]) for one in columns]
+            return part_of({"steps": steps, "nbytes": size, "columns": packed, "numbers": numbers[:steps]})
 
         return make
 
-    def restore(self, kept: Mapping[str, Any] | None) -> None:
-        """Restore the state from a checkpoint, in memory of its own. Raises `CheckpointDamaged`."""
-        if kept is None:
-            return
-        try:
-            columns = [unpack_column(column) for column in clone_tensors(kept["columns"])]
-            self.steps, self.nbytes = int(kept["steps"]), max(0, int(kept["nbytes"]))
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CheckpointDamaged(f"the checkpoint's outputs cannot be restored: {error!r:.300}") from error
-        if any(len(column) != self.steps for column in columns):
-            raise CheckpointDamaged("the checkpoint's outputs are not those of its steps; load an older checkpoint")
-        self._columns = columns
+    def restore(self, kept: Mapping[int, Mapping[str, Any] | None], *, ranks: int = 1) -> None:
+        """Restore the state from a checkpoint, in memory of its own, in the order of all ranks.
+
+        Args:
+            kept: What ranks of the checkpoint's run have kept, by rank; None of one that has dropped its outputs.
+            ranks: Of this run.
+
+        Raises:
+            CheckpointDamaged: It is not what `part` returns.
+        """
+        rows: list[tuple[tuple[int, ...], Sequence[object]]] = []
+        for rank, one in kept.items():
+            if one is None:
+                continue
+            try:
+                columns = [unpack_column(column) for column in clone_tensors(one["columns"])]
+                steps, size = int(one["steps"]), max(0, int(one["nbytes"]))
+                # A single process numbers nothing: its outputs are in order, and before those of this attempt.
+                numbers: list[tuple[int, ...]]
+                numbers = [(*map(int, n), rank) for n in one.get("numbers", ())] or [(-1, i) for i in range(steps)]
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise CheckpointDamaged(f"the checkpoint's outputs cannot be restored: {error!r:.300}") from error
+            if len(numbers) != steps or any(len(column) != steps for column in columns):
+                raise CheckpointDamaged("the checkpoint's outputs are not those of its steps; load an older checkpoint")
+            rows += zip(numbers, zip(*columns, strict=True) if columns else [()] * steps, strict=True)
+            self.nbytes += size
+        rows.sort(key=lambda row: row[0])
+        width = max((len(values) for _, values in rows), default=0)
+        self._columns = [[v[position] if position < len(v) else MISSING for _, v in rows] for position in range(width)]
+        self.steps, self.numbers = len(rows), [number for number, _ in rows] if ranks > 1 else []
 
     def exchange(self, exchange: Callable[[Any], list[Any]], *, adopts: bool) -> None:
         """Take over the outputs of all ranks, in the order of `numbers`. WAIT: for the device, and for all ranks.

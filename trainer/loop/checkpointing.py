@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import perf_counter_ns as clock
 from typing import Any
 
@@ -13,8 +13,8 @@ from events.bus.fence import Fence
 from events.checkpoint.manifest import CheckpointName, Metric
 from events.checkpoint.packing import check_readable
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.shards import RankPart
-from events.checkpoint.snapshot import READER, LatePart, LazyPart, Snapshot
+from events.checkpoint.shards import RankPart, outputs_name
+from events.checkpoint.snapshot import READER, LatePart, LazyPart, Part, Snapshot
 from events.errors import CheckpointsFailing, UnstorableState
 from events.log import logger
 from events.messages import CheckpointFailed, CheckpointSkipped, CheckpointStaged, LoopHeld
@@ -196,20 +196,25 @@ class Checkpointing:
     def _take(
         self, settings: Checkpoints, pool: SlabPool, reasons: list[str], command_ids: list[str], must: bool
     ) -> Fence | None:
-        began = clock()
-        slab = self._wait_for_slab(pool, must or settings.when_busy == "wait")
-        if slab is None:
-            self._skip(reasons, command_ids)
-            return None
+        began, slab = clock(), None
         try:
-            return self._stage(settings, pool, slab, reasons, command_ids, began)
-        except (UnstorableState, MemoryError) as error:
-            pool.give_back(slab)
+            slab = self._wait_for_slab(pool, must or settings.when_busy == "wait")
+            if slab is not None:
+                return self._stage(settings, pool, slab, reasons, command_ids, began)
+        except BaseException as error:
+            if slab is not None:
+                pool.give_back(slab)
+            self._leave(describe(error))
+            if not isinstance(error, UnstorableState | MemoryError):
+                raise
             self._fail(settings, error, command_ids)
-            return None
-        except BaseException:
-            pool.give_back(slab)
-            raise
+        else:
+            self._leave("")
+            self._skip(reasons, command_ids)
+        return None
+
+    def _leave(self, error: str) -> None:
+        """Tell the other ranks that this one takes no part in the checkpoint: it has failed, or is busy."""
 
     def _skip(self, reasons: list[str], command_ids: list[str]) -> None:
         """Skip a checkpoint, because both copies in memory are being written."""
@@ -319,13 +324,18 @@ class Checkpointing:
         ring = self._attempt.ring
         parts: dict[str, LatePart | LazyPart] = {"readings": LatePart(lambda: not ring.alive)}
         owners = {READER: "readings"}
-        if self.outputs is not None and self.position.phase != "begin":
-            parts["outputs"] = LazyPart(self.outputs.part())
+        if (kept := self._kept) is not None:
+            parts[outputs_name(self._attempt.origin.rank)] = LazyPart(kept)
         for number, callback in enumerate(stateful(self._attempt)):
             if callback.observed:
                 part = owners[callback.name] = f"callback-{number}"
                 parts[part] = LatePart(callback.is_disabled, essential=callback.is_essential)
         return parts, owners
+
+    @property
+    def _kept(self) -> Callable[[], Part] | None:
+        """Builds the outputs that are kept for the end of the epoch, on any thread; None without."""
+        return self.outputs.part() if self.outputs is not None and self.position.phase != "begin" else None
 
     @property
     def _last(self) -> Snapshot | None:

@@ -221,8 +221,8 @@ class TrainingLoop:
             The random generators of the validation at its end, if that is all that is left of it.
         """
         position, rng = self._position, resumed.rng
-        if outputs is not None and "outputs" in resumed.parts and self._attempt.world.size == 1:
-            outputs.restore(resumed.parts.pop("outputs"))
+        if outputs is not None and resumed.has_outputs:
+            outputs.restore(resumed.outputs, ranks=self._attempt.world.size)
         elif outputs is not None and position.batches:
             logger.warning(
                 "this checkpoint holds no outputs for the current epoch: no hook asked for them; hooks get those of the"

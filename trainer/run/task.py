@@ -226,7 +226,7 @@ class Task:
         world, module = self._attempt.world, self._attempt.module
 
         def read(folder: Path) -> Loaded:
-            return Loaded(folder, module, world.data_rank)
+            return Loaded(folder, module, world.data_rank, world.data_size)
 
         return search(read) if world.size == 1 else read_together(world, read, search)
 
