@@ -22,8 +22,10 @@ from support.shared_runs import Case, train
 from trainer.distributed import Fsdp
 
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-strategy = Fsdp(units=["Linear"], replicate=size // 2, reshard_after_forward=size == 2)
-found = [train(SHARDED[number], Path(f"run-{number}"), strategy=strategy) for number in NUMBERS]
+def strategy(case):
+    return Fsdp(units=["Linear"], replicate=size // 2, reshard_after_forward=size == 2 or case.manual)
+
+found = [train(case, Path(f"run-{n}"), strategy=strategy(case)) for n, case in enumerate(SHARDED) if n in NUMBERS]
 torch.manual_seed(rank)  # each rank constructs other weights; those of rank 0 count
 masked = Masked(Case(rows=60, micro=2))
 if rank:
@@ -34,7 +36,7 @@ torch.save(found, f"found-{rank}.pt")
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize(("world_size", "numbers"), [(2, range(len(SHARDED))), (4, (1, 2, 3))])
+@pytest.mark.parametrize(("world_size", "numbers"), [(2, range(len(SHARDED))), (4, (1, 2, 3, 6))])
 def test_divided_modules_train_what_one_process_trains(
     ranks: StartRanks, tmp_path: Path, world_size: int, numbers: tuple[int, ...]
 ) -> None:
@@ -85,7 +87,13 @@ def attempt(name, module, strategy, **more):
 
 attempt("units", Classifier(Case(rows=16)), Fsdp(units=["Linear", "Block"]))
 attempt("copies", Classifier(Case(rows=16)), Fsdp(replicate=3))
-attempt("manual", Classifier(Case(rows=16, manual=True, micro=16)), "fsdp")
+kept, loose, tied = (Classifier(Case(rows=16, manual=True, micro=16)) for _ in range(3))
+loose.scale = torch.nn.Parameter(torch.ones(1))
+tied.third = torch.nn.Linear(12, 32)
+tied.third.weight = tied.first.weight
+attempt("kept", kept, Fsdp(reshard_after_forward=False))
+attempt("loose", loose, "fsdp")
+attempt("tied", tied, "fsdp")
 attempt("other", made, "single")
 attempt("none", Classifier(Case(rows=16, leaves=99)), strategy)
 Path(f"mistakes-{rank}.json").write_text(json.dumps(mistakes))
@@ -134,7 +142,9 @@ def test_averages_statistics_and_skips_are_those_of_the_whole_model(ranks: Start
         for name, kind, says in (
             ("units", "ArgumentsError", "names Block, which Classifier does not contain"),
             ("copies", "ArgumentsError", "Fsdp(replicate=3) does not divide the 2 ranks; set it to one of 1, 2"),
-            ("manual", "ArgumentsError", "has manual_optimization; set strategy='ddp'"),
+            ("kept", "ArgumentsError", "Fsdp(reshard_after_forward=False) keeps gathered parameters"),
+            ("loose", "ArgumentsError", "the parameter scale is in no submodule with a forward()"),
+            ("tied", "ArgumentsError", "the parameter first.weight is in two networks"),
             ("none", "StepOutputError", "returned None, but with strategy='fsdp' all ranks compute gradients"),
         ):
             assert mistakes[name][0] in (kind, "PeerFailed"), mistakes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,12 @@ class Case:
     closure: bool = False
     """Whether the optimizer is L-BFGS."""
     manual: bool = False
-    """Whether the module applies its losses itself: two of them, each to a part of its parameters."""
+    """Whether the module applies its losses itself: two of them, each to a part of its parameters.
+
+    Each third step only adds to the gradients, for the next one.
+    """
+    bad_dummies: bool = False
+    """Whether the loss of a batch that is computed by a rank without data is NaN, and so are its gradients."""
     dropout: float = 0.0
     epochs: int = 2
 
@@ -73,6 +79,7 @@ class Classifier(ModuleInterface):
         for number, parameter in enumerate(self.parameters()):
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
         self.fails_at = 0
+        self._is_bad = False
         self.validated: list[torch.Tensor] = []
         self.trained: list[torch.Tensor] = []
         self.manual_optimization = case.manual
@@ -104,23 +111,44 @@ class Classifier(ModuleInterface):
     get_test_dataloaders = get_val_dataloaders
 
     def losses(self, batch: Any) -> torch.Tensor:
-        hidden = nn.functional.dropout(torch.tanh(self.first(batch[0])), self.case.dropout, self.training)
+        return self.judge(
+            nn.functional.dropout(torch.tanh(self.first(batch[0])), self.case.dropout, self.training), batch
+        )
+
+    def judge(self, hidden: torch.Tensor, batch: Any) -> torch.Tensor:
         logits = self.second(hidden)
         if self.extra is not None and int(batch[2][0]) % 2:
             logits = logits + self.extra(batch[0])
+        if self._is_bad and self.training:
+            logits = logits * torch.nan
         return nn.functional.cross_entropy(logits, batch[1], reduction="none")
 
     def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
         if global_step == self.fails_at:
             raise Boom(f"at step {global_step}")
+        self._is_bad = self.case.bad_dummies and self._has_no_data(global_step)
         if int(batch[2][0]) < self.case.leaves:
             return None
-        losses = self.losses(batch)
         if self.case.manual:
-            self.optimize(losses.mean(), 0)
-            losses = self.losses(batch)
-            self.optimize(losses.mean(), 1)
-        return losses.mean(), batch[2]
+            return self._by_turns(global_step, batch)
+        return self.losses(batch).mean(), batch[2]
+
+    def _has_no_data(self, global_step: int) -> bool:
+        case, rank, ranks = self.case, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        steps = -(-case.rows // case.batch)
+        block = min(case.micro, case.batch // ranks)
+        return global_step % steps == 0 and rank * block >= case.rows - (steps - 1) * case.batch
+
+    def _by_turns(self, global_step: int, batch: Any) -> Any:
+        hidden = torch.tanh(self.first(batch[0]))
+        loss = self.judge(hidden, batch).mean() + self.judge(-hidden, batch).mean()
+        if global_step % 3 == 0:
+            loss.backward()
+        else:
+            self.optimize(loss, 0, retain_graph=True)
+            loss = self.judge(hidden, batch).mean()  # its gradients reach the other part, too
+            self.optimize(loss, 1)
+        return loss.detach(), batch[2]
 
     def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
         losses = self.losses(batch)
@@ -200,5 +228,6 @@ CASES = [
     Case(rows=77, in_lists=True),
     Case(unused=True),
     Case(rows=50, closure=True, epochs=1),
-    Case(rows=37, manual=True, micro=16, clips=True),
+    Case(rows=37, manual=True, micro=16, clips=True, bad_dummies=True),
+    Case(rows=20, bad_dummies=True),
 ]

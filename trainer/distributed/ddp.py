@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,59 +11,43 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainer.distributed.buffers import broadcast, followed_buffers
 from trainer.distributed.options import Ddp
 from trainer.distributed.strategy import Share
+from trainer.distributed.weighing import Weighing, mean_of
 from trainer.errors import ArgumentsError, add_note
 from trainer.hooks.collate import as_tuple
 from trainer.module_interface import ModuleInterface
 
 
 class ManualDdp:
-    """The ranks of a module with ``manual_optimization``, which runs its backward passes within its forward pass.
-
-    The gradients of each update are averaged in one message after its backward pass.
-    """
+    """See `ManualStrategy`. The gradients of each update are averaged in one message after its backward pass."""
 
     always_together = False
-    part = 1.0
 
     def __init__(self, module: ModuleInterface, options: Ddp) -> None:
+        self.part = 1.0
         self._module = module
-        self.forward = module
+        self._weighing = Weighing()
         if options.sync_batch_norm:
             _convert_batch_norms(module)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                dist.broadcast(parameter, 0)
+        broadcast(module.parameters())
         self.sync_buffers()
+        self._followed = followed_buffers(module)
 
-    def accumulating(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def weigh(self, part: float) -> Iterator[None]:
+        self.part = part
+        broadcast(self._followed)  # WAIT: for rank 0, as in a pass of DistributedDataParallel
+        if part != 1:
+            self._weighing.add(self._module.parameters(), part)
+        try:
+            yield
+        finally:
+            self._weighing.clear()
 
-    def expect(self, part: float, *, is_dummy: bool) -> None:
-        pass
-
-    def refresh(self) -> None:
-        pass
-
-    def backward(self, scaled: torch.Tensor | None, loss: torch.Tensor | None, part: float, *, last: bool) -> None:
-        raise NotImplementedError  # the module does it
-
-    def total(self) -> Share:
-        raise NotImplementedError  # as above
-
-    def mean(self, loss: torch.Tensor | None, part: float) -> Share:
-        device = next(self._module.parameters()).device if loss is None else loss.device
-        both = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        if loss is not None and part:
-            both[0], both[1] = part, loss.reshape(()) * part
-        dist.all_reduce(both)
-        weight, total = both.unbind()
-        mean = total / weight
-        return Share(weight / dist.get_world_size(), mean if loss is None else mean.to(loss.dtype))
-
-    def average(self, parameters: list[nn.Parameter], loss: torch.Tensor, part: float) -> torch.Tensor:
-        weight, mean = self.mean(loss, part)
+    def average(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
+        weight, mean = self.mean(loss)
         # A parameter without a gradient on any rank must stay without one: weight decay would move it. The host must
         # know which these are, because all ranks send the same gradients.
         there = torch.tensor([one.grad is not None for one in parameters], dtype=torch.float32, device=loss.device)
@@ -82,22 +67,28 @@ class ManualDdp:
                 one.grad = gradient.view_as(one)
         return mean
 
+    def mean(self, loss: torch.Tensor | None) -> Share:
+        return mean_of(loss, self.part, next(self._module.parameters()).device)
+
     def sync_buffers(self) -> None:
-        _sync_buffers(self._module)
+        broadcast(self._module.buffers())
+
+    def refresh(self) -> None:
+        """Each update averages the gradients that there are."""
 
 
 class DdpStrategy:
-    """See `Strategy`.
+    """See `AutomaticStrategy`.
 
     A parameter of two numbers, whose gradient is averaged along with the module's, carries the weight and the loss of a
     step to all ranks, without a message of its own.
     """
 
     always_together = False
-    part = 1.0
 
     def __init__(self, module: ModuleInterface, options: Ddp) -> None:
         self._module = module
+        self._weighing = Weighing()
         self._options = options
         if options.sync_batch_norm:
             _convert_batch_norms(module)
@@ -159,8 +150,11 @@ class DdpStrategy:
         if last or part:
             roots.append(self._tally)
             gradients.append(self._measure(loss, part))
+        if scaled is not None and not part:  # of a dummy
+            self._weighing.add(self._trained, 0.0)
         if roots:
             torch.autograd.backward(roots, gradients)
+        self._weighing.clear()
 
     def _measure(self, loss: torch.Tensor | None, part: float) -> torch.Tensor:
         tally, weight = self._tally, self._parts.get(part)
@@ -179,19 +173,8 @@ class DdpStrategy:
         # On the CPU the gradients are complete, so that reading one waits for nothing.
         return Share(gradient.tolist()[0] if gradient.is_cpu else gradient[0].clone(), gradient[1].clone())
 
-    def mean(self, loss: torch.Tensor | None, part: float) -> Share:
-        raise NotImplementedError  # `total` has it
-
-    def average(self, parameters: list[nn.Parameter], loss: torch.Tensor, part: float) -> torch.Tensor:
-        raise NotImplementedError  # `backward` does it
-
     def sync_buffers(self) -> None:
-        _sync_buffers(self._module)
-
-
-def _sync_buffers(module: nn.Module) -> None:
-    for buffer in module.buffers():
-        dist.broadcast(buffer, 0)
+        broadcast(self._module.buffers())
 
 
 class _Passing:

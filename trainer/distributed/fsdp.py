@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -14,15 +15,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 from events.log import logger
 from trainer.arguments import TrainerArguments
-from trainer.distributed.local import is_split
+from trainer.distributed.buffers import broadcast, followed_buffers
+from trainer.distributed.local import is_split, local
 from trainer.distributed.options import Fsdp
 from trainer.distributed.strategy import Share
+from trainer.distributed.weighing import Weighing, mean_of
 from trainer.distributed.world import World
 from trainer.errors import ArgumentsError, StepOutputError
 from trainer.module_interface import ModuleInterface
@@ -31,35 +34,68 @@ _prepared: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary
 """The process group of each module that was prepared here: it stays divided when its run has ended."""
 
 
-class FsdpStrategy:
-    """See `Strategy`. A step sends the weight and the loss of the ranks in a message of its own.
+class _Divided:
+    """See `Strategy`.
 
     Args:
         device: Of this rank.
     """
 
     always_together = True
-    part = 1.0
 
     def __init__(
         self, module: ModuleInterface, options: Fsdp, world: World, arguments: TrainerArguments, device: torch.device
     ) -> None:
         self._module = module
-        self._size = world.size
-        self._batch_part = 1.0
-        self._muted: list[Any] = []  # handles of the hooks that replace gradients by zeros
-        self._accumulates = False
-        if isinstance(module, FSDPModule):
+        self._device = device
+        self._weighing = Weighing()
+        if module in _prepared or isinstance(module, FSDPModule):
             _check_group(module)
         else:
-            _check(module)
+            _check(module, options)
             _divide(module, options, _mesh(options, world, arguments, device), arguments, device)
         self._units: list[Any] = [one for one in module.modules() if isinstance(one, FSDPModule)]
         if module not in _prepared:
             _prepared[module] = dist.group.WORLD
-            module.register_forward_hook(functools.partial(_release, units=self._units))
+            if module.manual_optimization:
+                for unit in self._units:
+                    unit.register_forward_hook(_free)
+            else:
+                module.register_forward_hook(functools.partial(_release, units=self._units))
+        self._followed = followed_buffers(module)
+
+    @contextlib.contextmanager
+    def _noting(self, part: float) -> Iterator[None]:
+        """Multiply by a part the gradients of the units that run in this block."""
+
+        def note(unit: nn.Module, args: object) -> None:
+            self._weighing.add((one for one in unit.parameters() if not is_split(one)), part)
+
+        hooks = [] if part == 1 else [unit.register_forward_pre_hook(note) for unit in self._units]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def sync_buffers(self) -> None:
+        broadcast(self._module.buffers())
+
+    def refresh(self) -> None:
+        """A frozen parameter has no gradient; it stays divided."""
+
+
+class FsdpStrategy(_Divided):
+    """See `AutomaticStrategy`. A step sends the weight and the loss of the ranks in a message of its own."""
+
+    def __init__(
+        self, module: ModuleInterface, options: Fsdp, world: World, arguments: TrainerArguments, device: torch.device
+    ) -> None:
+        super().__init__(module, options, world, arguments, device)
+        self._size = world.size
+        self._batch_part = 1.0
+        self._accumulates = False
         self._root: Any = module
-        self._followed = _followed_buffers(module)
         first = next(module.parameters())
         self._dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         exact = torch.float32 if device.type == "mps" else torch.float64
@@ -68,25 +104,15 @@ class FsdpStrategy:
 
     def forward(self, *args: Any) -> Any:
         if not self._accumulates:
-            _broadcast(self._followed)  # WAIT: for rank 0, as the pass itself does
-        entered = [] if self._batch_part else [unit.register_forward_pre_hook(self._mute) for unit in self._units]
-        try:
+            broadcast(self._followed)  # WAIT: for rank 0, as the pass itself does
+        with self._noting(1.0 if self._batch_part else 0.0):
             result = self._module(*args)
-        finally:
-            for handle in entered:
-                handle.remove()
         if result is None:
             raise StepOutputError(
                 f"{type(self._module).__name__}.train_step() returned None, but with strategy='fsdp' all ranks compute"
                 f" gradients of each batch together; return the loss, and 0 from batch_weight() for this batch"
             )
         return result
-
-    def _mute(self, unit: nn.Module, args: object) -> None:
-        """Replace gradients of the present batch by zeros, even if they are not finite, as of a mean over nothing."""
-        for one in unit.parameters():
-            if one.requires_grad and not is_split(one):
-                self._muted.append(one.register_hook(torch.zeros_like))  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -111,9 +137,7 @@ class FsdpStrategy:
         try:
             scaled.backward()  # type: ignore[no-untyped-call]
         finally:
-            for handle in self._muted:
-                handle.remove()
-            self._muted.clear()
+            self._weighing.clear()
 
     def total(self) -> Share:
         self._sent.wait()  # WAIT: on the CPU for all ranks, whose backward passes are over, too
@@ -122,24 +146,38 @@ class FsdpStrategy:
         # On the CPU the numbers are there, so that reading one waits for nothing.
         return Share(float(weight) if weight.is_cpu else weight, loss.to(self._dtype))
 
-    def mean(self, loss: torch.Tensor | None, part: float) -> Share:
-        raise NotImplementedError  # `total` has it
 
-    def average(self, parameters: list[nn.Parameter], loss: torch.Tensor, part: float) -> torch.Tensor:
-        raise NotImplementedError  # `backward` does it
+class ManualFsdp(_Divided):
+    """See `ManualStrategy`. Each backward pass averages gradients; an update divides them by the weight of the step."""
 
-    def sync_buffers(self) -> None:
-        _broadcast(self._module.buffers())
+    part = 1.0
 
-    def refresh(self) -> None:
-        """A frozen parameter has no gradient; it stays divided."""
+    @contextlib.contextmanager
+    def weigh(self, part: float) -> Iterator[None]:
+        self.part = part
+        broadcast(self._followed)  # WAIT: for rank 0, as the passes do
+        try:
+            with self._noting(part):
+                yield
+        finally:
+            self._weighing.clear()
+
+    def average(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
+        weight, mean = self.mean(loss)
+        for one in parameters:
+            if one.grad is not None:
+                local(one.grad).div_(weight)
+        return mean
+
+    def mean(self, loss: torch.Tensor | None) -> Share:
+        return mean_of(loss, self.part, self._device)
 
 
-def _check(module: ModuleInterface) -> None:
-    if module.manual_optimization:
+def _check(module: ModuleInterface, options: Fsdp) -> None:
+    if module.manual_optimization and not options.reshard_after_forward:
         raise ArgumentsError(
-            f"strategy='fsdp' needs the backward passes after train_step, but {type(module).__name__} has"
-            f" manual_optimization; set strategy='ddp'"
+            "Fsdp(reshard_after_forward=False) keeps gathered parameters, which an update within train_step does not"
+            " change; leave it out with manual_optimization"
         )
     for name, parameter in module.named_parameters():
         if is_lazy(parameter):
@@ -188,9 +226,13 @@ def _mesh(options: Fsdp, world: World, arguments: TrainerArguments, device: torc
 def _divide(
     module: ModuleInterface, options: Fsdp, mesh: DeviceMesh, arguments: TrainerArguments, device: torch.device
 ) -> None:
-    """Wrap the units of a module, then the module: at any time one of them is whole on the device."""
-    units = _units(module, options)
-    if not units:
+    """Wrap the units of a module, then the module: at any time one of them is whole on the device.
+
+    With manual optimization, each network of the module instead of the module, whose own pass contains updates.
+    """
+    roots = _networks(module) if module.manual_optimization else [module]
+    units = [one for one in _units(module, options) if one not in roots]
+    if not units and len(roots) == 1:
         logger.warning(
             f"{type(module).__name__} has no units for strategy='fsdp', so that all its parameters are gathered at"
             f" once; name classes in Fsdp(units=...), or define fsdp_units()"
@@ -203,8 +245,8 @@ def _divide(
         # Its kernels take no weights in bfloat16 beside statistics in float32.
         norms = [one for one in module.modules() if isinstance(one, _BatchNorm) and one.affine]
         units = [*norms, *(one for one in units if one not in norms)]
-    for one in (*units, module):
-        if options.activation_checkpointing and one is not module:
+    for one in (*units, *roots):
+        if options.activation_checkpointing and one not in roots:
             _recompute(one)
         _materialize(one, device)
         try:
@@ -215,11 +257,34 @@ def _divide(
                 # torch keeps those of the outermost module, which its backward pass needs first.
                 reshard_after_forward=None
                 if one is module and options.reshard_after_forward
-                else (options.reshard_after_forward),
+                else options.reshard_after_forward,
             )
         except (ValueError, NotImplementedError) as error:
             raise ArgumentsError(f"strategy='fsdp' cannot divide a {type(one).__name__}: {error}") from error
         _keep_name(one)
+    if module not in roots:
+        _materialize(module, device)  # its own buffers
+
+
+def _networks(module: ModuleInterface) -> list[nn.Module]:
+    """Return the children of a module, and the members of those that are lists or dicts: `train_step` calls them."""
+    found: dict[nn.Module, None] = {}
+    containers: list[nn.Module] = [module]
+    for one in containers:
+        for child in one.children():
+            if type(child).forward is nn.Module.forward:
+                containers.append(child)
+            else:
+                found[child] = None
+    held = Counter(parameter for network in found for parameter in network.parameters())
+    for name, parameter in module.named_parameters():
+        if held[parameter] != 1:
+            where = "two networks" if held[parameter] else "no submodule with a forward()"
+            raise ArgumentsError(
+                f"the parameter {name} is in {where}, so strategy='fsdp' cannot divide it with manual_optimization; put"
+                f" it into one submodule"
+            )
+    return [one for one in found if any(True for _ in one.parameters())]
 
 
 def _units(module: ModuleInterface, options: Fsdp) -> list[nn.Module]:
@@ -274,7 +339,7 @@ def _materialize(unit: nn.Module, device: torch.device) -> None:
                         value.data = value.to(device)
         for one in reversed(owners):  # inner modules first
             _reset(one)
-        _broadcast(value for one in modules for value in (*one.parameters(False), *one.buffers(False)))
+        broadcast(value for one in modules for value in (*one.parameters(False), *one.buffers(False)))
 
 
 def _allocate(meta: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -312,33 +377,14 @@ def _keep_name(module: nn.Module) -> None:
     )
 
 
+def _free(unit: Any, args: object, result: object) -> None:
+    """Free the gathered parameters after any forward pass, where torch 2.6 keeps them: updates would not show."""
+    if torch._C._current_graph_task_id() == -1:  # else a backward pass repeats it, and needs them
+        unit.reshard()
+
+
 def _release(module: nn.Module, args: object, result: object, *, units: list[Any]) -> None:
     """Free the gathered parameters after a pass without a backward pass: changed weights would not show in them."""
     if not torch.is_grad_enabled():
         for unit in units:
             unit.reshard()
-
-
-def _followed_buffers(module: nn.Module) -> list[torch.Tensor]:
-    """Return the buffers that every pass of training takes from rank 0, as in DistributedDataParallel.
-
-    The statistics of a batch norm are not among them, because only evaluation reads them; nor buffers that are not
-    saved, because they can be computed.
-    """
-    return [
-        buffer
-        for one in module.modules()
-        if not isinstance(one, _NormBase)
-        for name, buffer in one.named_buffers(recurse=False)
-        if name not in one._non_persistent_buffers_set
-    ]
-
-
-def _broadcast(tensors: Iterable[torch.Tensor]) -> None:
-    """Copy tensors of rank 0 to all ranks. WAIT: for all ranks."""
-    for tensor in tensors:
-        value = tensor.detach()
-        sent = value.contiguous()
-        dist.broadcast(sent, 0)
-        if sent is not value:
-            value.copy_(sent)

@@ -24,16 +24,24 @@ class Share(NamedTuple):
 
 
 class Strategy(Protocol):
-    """The ranks' common forward and backward passes. On the loop's thread.
+    """What the ranks do together. On the loop's thread.
 
     Attributes:
         always_together: Whether each forward and backward pass is one of all ranks, also of batches without weight and
             in evaluation.
-        part: Of a module that runs its own backward passes: the part of the present batch in the mean over the ranks.
     """
 
     always_together: bool
-    part: float
+
+    def sync_buffers(self) -> None:
+        """Copy the buffers of rank 0, such as running statistics, to all ranks. WAIT: for all ranks."""
+
+    def refresh(self) -> None:
+        """Start over if other parameters are trained than before."""
+
+
+class AutomaticStrategy(Strategy, Protocol):
+    """The passes of a module whose gradients the trainer computes."""
 
     def forward(self, *args: Any) -> Any:
         """Call the module in the training stage."""
@@ -46,7 +54,7 @@ class Strategy(Protocol):
         """Declare the batch of the next forward pass.
 
         Args:
-            part: Its part of the mean over the ranks.
+            part: Its part of the mean over the ranks. At 0 its gradients are 0, even where its loss is not finite.
             is_dummy: It is computed only to have as many passes on each rank. Another batch of part 0 has no backward
                 pass, unless `always_together`.
         """
@@ -65,24 +73,35 @@ class Strategy(Protocol):
         """Return what the micro-batches since the last call add up to."""
         ...
 
-    def mean(self, loss: torch.Tensor | None, part: float) -> Share:
-        """Return the sum of the parts, and the mean of the losses by their parts. WAIT: for all ranks."""
+
+class ManualStrategy(Strategy, Protocol):
+    """The passes of a module that computes its gradients itself, in its forward pass.
+
+    Attributes:
+        part: Of the last batch in the mean over the ranks.
+    """
+
+    part: float
+
+    def weigh(self, part: float) -> contextlib.AbstractContextManager[object]:
+        """Run the passes of a batch in this block: what they add to gradients is multiplied by its part.
+
+        At 0 it is 0, even where it is not finite. WAIT: for rank 0, if the module has buffers that training reads.
+        """
         ...
 
-    def average(self, parameters: list[torch.nn.Parameter], loss: torch.Tensor, part: float) -> torch.Tensor:
-        """Make the gradients of a weighted loss means over all ranks; return the mean loss. WAIT: for all ranks."""
+    def average(self, parameters: list[torch.nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
+        """Make gradients means over all ranks; return the mean of the losses. WAIT: for all ranks."""
         ...
 
-    def sync_buffers(self) -> None:
-        """Copy the buffers of rank 0, such as running statistics, to all ranks. WAIT: for all ranks."""
-
-    def refresh(self) -> None:
-        """Start over if other parameters are trained than before."""
+    def mean(self, loss: torch.Tensor | None) -> Share:
+        """Return the sum of the parts of the ranks with a loss, and the mean of these. WAIT: for all ranks."""
+        ...
 
 
 def prepare(
     module: ModuleInterface, world: World, arguments: TrainerArguments, device: torch.device
-) -> Strategy | None:
+) -> AutomaticStrategy | ManualStrategy | None:
     """Wrap a module for the ranks of a run; afterwards all of them have rank 0's weights. None in a single process.
 
     WAIT: for all ranks.
@@ -93,10 +112,12 @@ def prepare(
     options = world.strategy
     if options is None:
         return None
-    made: Strategy
+    made: AutomaticStrategy | ManualStrategy
     if isinstance(options, Fsdp):
         fsdp: Any = importlib.import_module("trainer.distributed.fsdp")
-        made = fsdp.FsdpStrategy(module, options, world, arguments, device)
+        made = (fsdp.ManualFsdp if module.manual_optimization else fsdp.FsdpStrategy)(
+            module, options, world, arguments, device
+        )
     else:
         ddp: Any = importlib.import_module("trainer.distributed.ddp")
         made = (ddp.ManualDdp if module.manual_optimization else ddp.DdpStrategy)(module, options)

@@ -18,7 +18,7 @@ from events.tracebacks import describe
 from trainer.arguments import TrainerArguments
 from trainer.checkpoint.resume import CheckpointPlan
 from trainer.distributed.exchange import ExchangeClock
-from trainer.distributed.strategy import Strategy
+from trainer.distributed.strategy import AutomaticStrategy, ManualStrategy
 from trainer.distributed.world import SINGLE, World
 from trainer.hooks.hooks import CallbackHooks, HookTable, TaskName
 from trainer.hooks.readback import DeviceReadback
@@ -52,7 +52,7 @@ class Attempt:
     info: RunInfo
     world: World = SINGLE
     """The ranks that train together."""
-    strategy: Strategy | None = None
+    strategy: AutomaticStrategy | ManualStrategy | None = None
     """Their common passes, once training has begun; None in a single process."""
     phase: str = "setup"
     """What the loop is doing, for messages."""

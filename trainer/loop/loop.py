@@ -65,12 +65,14 @@ class TrainingLoop:
             optimization.before_step = lambda: boundary.run_inline(before_step, attempt.origin.global_step)
 
     def _make_step(self, *, clears: bool) -> Step:
-        strategy = self._attempt.strategy
+        strategy: Any = self._attempt.strategy
         if strategy is None:
             return Step(self._boundary, self._optimization, self._capture, clears=clears)
-        from trainer.distributed.step import RankStep  # late, because a single process does not need it
+        # Late, because a single process does not need it.
+        from trainer.distributed.step import AutomaticRankStep, ManualRankStep
 
-        return RankStep(self._boundary, self._optimization, self._capture, strategy, clears=clears)
+        kind = ManualRankStep if self._attempt.module.manual_optimization else AutomaticRankStep
+        return kind(self._boundary, self._optimization, self._capture, strategy, clears=clears)
 
     def run(self, resumed: Loaded | None = None) -> None:
         """Train until the data, a limit or a stop ends it. `Feed.ask_for_first_loader` comes before.

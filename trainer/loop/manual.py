@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from events.log import logger
+from trainer.distributed.strategy import ManualStrategy
 from trainer.errors import ArgumentsError, ContractError
 from trainer.hooks.collate import as_tuple
 from trainer.loop.boundary import Boundary
@@ -58,6 +59,8 @@ class ManualSteps:
         self._in_step = False
         self.loss: torch.Tensor | None = None
         """The loss of the last update in the last call of `train_step`, detached; None without updates."""
+        self.strategy: ManualStrategy | None = None
+        """How the ranks of the run average gradients; None in a single process."""
         self._updates = self._skips = 0
         self._backwards = 0
         self._grad_norm: torch.Tensor | None = None
@@ -195,23 +198,20 @@ class ManualSteps:
             raise _bad_loss(loss)
         self._attempt.phase = "backward"
         self._optimization.gradients.release()
-        strategy = self._attempt.strategy
-        part = 1.0 if strategy is None else strategy.part
-        share = loss if strategy is None else loss * part if part else torch.where(loss.isfinite(), loss, 0.0) * 0.0
         try:
-            self._attempt.precision.scale(share).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            self._attempt.precision.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         except RuntimeError:
             # Checked only now: it costs an update without an error nothing.
             if loss.numel() != 1 or loss.is_complex() or not loss.requires_grad:
                 raise _bad_loss(loss) from None
             raise
-        if part:
+        strategy = self.strategy
+        if strategy is None or strategy.part:
             self._on_backward(loss, self._backwards)
         self._backwards += 1
         if strategy is None:
             return loss.detach()
-        parameters = [one for group in optimizer.param_groups for one in group["params"]]
-        return strategy.average(parameters, loss.detach(), part)
+        return strategy.average([one for group in optimizer.param_groups for one in group["params"]], loss.detach())
 
     def _note(self, grad_norm: torch.Tensor | None, found: torch.Tensor | None) -> None:
         if grad_norm is not None:
