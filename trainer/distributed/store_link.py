@@ -83,7 +83,9 @@ class StoreLink:
         self.identity = Identity.here()
         self.peers: Peers | None = None
         self.read = 0
-        server = getattr(store, "underlying_store", store)
+        server = store
+        while hasattr(server, "underlying_store"):  # a prefix, of another perhaps
+            server = server.underlying_store
         self.address = f"{getattr(server, 'host', '?')}:{getattr(server, 'port', '?')}"
         self._store = store.clone()
         self._store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
