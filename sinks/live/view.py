@@ -94,6 +94,8 @@ class Changes(msgspec.Struct):
     ranks: dict[int, RankState] = {}
     media: list[MediaEntry] = []
     histograms: dict[str, list[HistogramStep]] = {}
+    left_out: int = 0
+    """Values so far under names beyond the maximum number of curves; 0 if these events have none."""
     count: int = 0
     """Events in it."""
 
@@ -172,9 +174,12 @@ class RunView(RunState, dict=True):
         before = msgspec.structs.asdict(self.run)
         changed = changes if changes is not None else Changes()
         changed.count += len(events)
+        left_out = self.curves.left_out
         self.curves.add(events)
         if changes is not None:
             self._add_points(events, changes)
+            if self.curves.left_out > left_out:
+                changes.left_out = self.curves.left_out
         for event in self.follow(events):
             self._add_media(event, changed)
             self._add_lines(event, changed)
@@ -200,6 +205,7 @@ class RunView(RunState, dict=True):
             "config": self.config,
             "versions": self.versions,
             "series": {name: plain(series) for name, series in self.curves.series.items()},
+            "left_out": self.curves.left_out,
             "stages": self.stages,
             "log": self.log,
             "checkpoints": list(self.checkpoints.values()),

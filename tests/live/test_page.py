@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import json
 import re
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -744,15 +746,20 @@ def test_the_address_keeps_the_settings(show: Show) -> None:
 def test_a_chart_can_lie_over_steps_epochs_time_and_the_clock(show: Show) -> None:
     """The place under the cursor is read in the units of the axis; epochs need a known number of steps."""
     run = a_run(steps=0)
+    run.clock = time.mktime((2026, 3, 5, 12, 0, 0, 0, 0, -1))
     curve([1.0] * 200, run)
     run.run |= {"started": run.clock - 3_800, "steps_per_epoch": 80}
     page = show(run)
-    date = page.evaluate("new Intl.DateTimeFormat(undefined, {dateStyle: 'medium'}).format(new Date())")[:3]
+    clock = "new Intl.DateTimeFormat(undefined, {dateStyle: 'medium', timeStyle: 'medium'}).format"
+    date = page.evaluate(f"{clock}({run.clock * 1000})")
     for axis, text in (("step", "Step 200: "), ("epoch", "Epoch 2.5: "), ("time", "1h 03m: "), ("clock", date)):
         page.get_by_label("Across").select_option(axis)
         page.get_by_role("img", name=re.compile("^Chart, Loss")).focus()
         page.keyboard.press("End")
         expect(page.locator("#announcer")).to_have_text(re.compile("^" + re.escape(text)))
+    labels = page.evaluate("document.querySelector('#training .chart').chart.u.axes[0]._values")
+    assert all(re.fullmatch(r"\d\d:\d\d(:\d\d)?", label) for label in labels), labels
+    assert len(set(labels)) == len(labels) > 2
     page.get_by_label("Across").select_option("epoch")
     show.server.call(lambda: run.tell({"run": {"steps_per_epoch": None}}))
     expect(page.locator("#axis-note")).to_be_visible()
@@ -827,8 +834,13 @@ def test_a_regular_expression_filters_metrics(show: Show) -> None:
 
 
 def test_metrics_are_grouped_by_the_prefix_of_their_names(show: Show) -> None:
-    """In sections that fold; the address keeps what is folded."""
-    page = show(a_run(extra=["head/a", "head/b", "block10/a", "block2/a", "alone"], steps=20))
+    """In sections that fold; the address keeps what is folded. Metrics beyond the maximum are counted in words."""
+    run = a_run(extra=["head/a", "head/b", "block10/a", "block2/a", "alone"], steps=20)
+    page = show(run)
+    expect(page.locator("#metrics-left-out")).to_be_hidden()
+    show.server.call(lambda: run.tell({"left_out": 1_234}))
+    text = "demo has more than 2,000 metrics: charts lack 1,234 values of the others."
+    expect(page.locator("#metrics-left-out")).to_have_text(text)
     groups = page.locator("#metrics .group")
     expect(groups.locator("summary")).to_have_text(["without a prefix1", "block21", "block101", "head2"])
     groups.nth(3).locator("summary").press("Enter")
@@ -1069,16 +1081,23 @@ def test_axe_finds_nothing_serious(scheme: str, show: Show) -> None:
     assert axe(page) == []
 
 
-def test_the_page_ships_with_its_chart_library() -> None:
-    """uPlot, with its licence and its version; no file names another machine."""
-    assert "v1.6.32" in (PAGE / "uPlot.iife.min.js").read_text()[:200]
-    assert "MIT" in (PAGE / "uPlot.LICENSE").read_text()
+def test_the_page_ships_with_its_libraries() -> None:
+    """Each with its licence and its version; no file names another machine, and a proxy sends at most 400 KB."""
+    libraries = {
+        "uPlot.iife.min.js": ("v1.6.32", "MIT"),
+        "preact.min.js": ("v11.2.0", "MIT"),
+        "htm.min.js": ("v3.1.1", "Apache License"),
+    }
+    for name, (version, licence) in libraries.items():
+        assert version in (PAGE / name).read_text()[:200]
+        assert licence in (PAGE / f"{name.partition('.')[0]}.LICENSE").read_text()
     index = (PAGE / "index.html").read_text()
     assert not re.search(r"\sstyle=|\son\w+=|https?://", index)
     for script in PAGE.glob("*.js"):
-        if not script.name.startswith("uPlot"):
+        if script.name not in libraries:
             text = script.read_text()
             assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|https?://(?!www\.w3\.org)", text)
+    assert sum(len(gzip.compress(file.read_bytes())) for file in PAGE.iterdir()) < 400_000
 
 
 def test_the_development_server_starts() -> None:

@@ -253,10 +253,15 @@ def test_metrics_of_a_validation_have_their_stage(story: Story) -> None:
 
 
 def test_stages_are_bounded_as_curves_are(story: Story) -> None:
-    """With another name at each validation."""
+    """With another name at each validation; values under the other names are counted, in frames too."""
     names = [f"m{index}" for index in range(MOST_SERIES + 50)]
     view = view_of(*(story(MetricsLogged, stage="val", metrics={name: 1.0}, key="default") for name in names))
     assert view.stages.keys() == view.curves.series.keys()
+    assert shown(view)["left_out"] == 50
+    for name, left_out in ((names[-1], 51), (names[0], None)):
+        changes = Changes()
+        view.add([story(MetricsLogged, stage="val", metrics={name: 1.0}, key="default")], changes)
+        assert changes.members().get("left_out") == left_out
 
 
 def test_superseded_steps_are_not_read(told: Told) -> None:

@@ -1,21 +1,35 @@
 /** The horizontal axes of charts, and the labels of axes. Pure functions. */
 
-import { count, duration, moment, number } from "./format.js";
+import { count, duration, isTime, moment, number } from "./format.js";
 
-/** How a place on each axis is read, and how it is labelled; null: as uPlot labels time. */
+/** How a place on each axis is read, and how its places are labelled. */
 const HORIZONTAL = {
-  step: { read: (x) => `step ${count(x)}`, tick: short },
-  epoch: { read: (x) => `epoch ${number(x)}`, tick: number },
-  time: { read: duration, tick: duration },
-  clock: { read: moment, tick: null },
+  step: { read: (x) => `step ${count(x)}`, labels: (xs) => labelsOf(xs, short) },
+  epoch: { read: (x) => `epoch ${number(x)}`, labels: (xs) => labelsOf(xs, number) },
+  time: { read: duration, labels: (xs) => labelsOf(xs, duration) },
+  clock: { read: moment, labels: clockLabels },
 };
 
 export function placeOn(axis, x) {
   return HORIZONTAL[axis].read(x);
 }
 
-export function tickOf(axis) {
-  return HORIZONTAL[axis].tick;
+export function labelsOn(axis, xs) {
+  return HORIZONTAL[axis].labels(xs);
+}
+
+const DAY_S = 86400;
+const time = { hour: "2-digit", minute: "2-digit", hour12: false };
+const day = { month: "short", day: "numeric" };
+
+/** Times of day, with seconds or the day where they are needed; or days. `xs`: Unix seconds, equally far from each other. */
+function clockLabels(xs) {
+  const [first, last] = [xs[0], xs.at(-1)];
+  const apart = xs.length > 1 ? xs[1] - first : 0;
+  const isOneDay = new Date(first * 1000).toDateString() === new Date(last * 1000).toDateString();
+  const clock = apart && apart < 60 ? { ...time, second: "2-digit" } : time;
+  const format = new Intl.DateTimeFormat(undefined, apart >= DAY_S ? day : isOneDay ? clock : { ...day, ...clock });
+  return xs.map((x) => (isTime(x) ? format.format(x * 1000) : ""));
 }
 
 /** The places of a curve's points on an axis. `epochSteps`: the steps of an epoch. */

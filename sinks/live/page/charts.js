@@ -1,6 +1,6 @@
 /** Charts: a figure each, drawn by uPlot when it is in sight and something in it has changed. */
 
-import { labelsOf, placeOn, placesOf, tickOf } from "./axes.js";
+import { labelsOf, labelsOn, placeOn, placesOf } from "./axes.js";
 import {
   align,
   clamped,
@@ -18,8 +18,9 @@ import {
   smoothPart,
   valuesOffLog,
 } from "./curves.js";
-import { announce, el, freshId, setAttribute, setText, svg, table } from "./dom.js";
+import { announce, el, freshId, setAttribute, setText, table } from "./dom.js";
 import { count, number } from "./format.js";
+import { writeLegend } from "./legend.js";
 import { colours } from "./theme.js";
 
 const uPlot = window.uPlot;
@@ -162,7 +163,8 @@ export class Chart {
       this.#note([]);
       this.#fillTable(this.shown, began);
     }
-    this.#fillLegend(curves);
+    if (this.u?.cursor.idx != null && this.u.cursor.left >= 0) this.#point(this.u);
+    else this.#writeLegend();
     this.drawnAt = performance.now();
     this.drawMs = this.drawnAt - began;
   }
@@ -327,7 +329,6 @@ export class Chart {
     const font = '11px system-ui, "Segoe UI", Roboto, sans-serif';
     const axis = { stroke: muted, font, grid: { stroke: grid, width: 1 }, ticks: { show: false }, gap: 4 };
     const { show = number, tick = show, isBinary = false } = curves[0] ?? {};
-    const xTick = tickOf(view.axis);
     return {
       width,
       height: this.height,
@@ -336,7 +337,7 @@ export class Chart {
       series,
       bands,
       scales: {
-        x: { time: !xTick, range: (u, min, max) => view.zoom ?? (min === max ? [min - 1, max + 1] : [min, max]) },
+        x: { time: view.axis === "clock", range: (u, min, max) => view.zoom ?? (min === max ? [min - 1, max + 1] : [min, max]) },
         y: isLog
           ? { distr: 3, range: (u, min, max) => logRange(...(this.scope ?? [min, max])) }
           : { range: (u, min, max) => this.range ?? linearRange(...(this.scope ?? [min, max])) },
@@ -345,8 +346,8 @@ export class Chart {
         {
           ...axis,
           size: 22,
-          space: 64,
-          ...(xTick ? { values: (u, splits) => labelsOf(splits, xTick) } : {}),
+          space: view.axis === "clock" ? 96 : 64,
+          values: (u, splits) => labelsOn(view.axis, splits),
         },
         {
           ...axis,
@@ -433,62 +434,27 @@ export class Chart {
 
   // ------------------------------------------------------------------------------------------------ the legend
 
-  #fillLegend(curves) {
-    const key = curves
-      .map((curve) => `${curve.label}${curve.colour}${this.dashOf(curve)}${this.isHidden(curve)}`)
-      .join("|");
-    if (key !== this.legendKey) {
-      this.legendKey = key;
-      this.outputs = new Map(curves.map((curve) => [curve.label, el("span", { class: "value" })]));
-      const focused = this.legend.contains(document.activeElement) ? document.activeElement.title : null;
-      this.legend.replaceChildren(...curves.map((curve) => this.#legendItem(curve, curves.length > 1)));
-      // The runs are named once, at the top.
-      this.legend.classList.toggle("compact", curves.length > 1 && curves.every(({ run, label }) => run === label));
-      if (focused) [...this.legend.querySelectorAll("button")].find((one) => one.title === focused)?.focus();
-    }
-    if (this.u?.cursor.idx != null && this.u.cursor.left >= 0) this.#point(this.u);
-    else this.#fillLast();
-  }
-
-  #legendItem(curve, canHide) {
-    const { label } = curve;
-    const hideKey = this.hideKey(curve);
-    const shown = [swatch({ ...curve, dash: this.dashOf(curve) }), el("span", { class: "name", title: label, text: label })];
-    if (!canHide) return el("li", {}, ...shown, this.outputs.get(label));
-    const light = () => this.board.highlight(hideKey);
-    const unlight = () => this.board.highlight(null);
-    const on = { onmouseenter: light, onfocus: light, onmouseleave: unlight, onblur: unlight };
-    const button = el(
-      "button",
-      {
-        type: "button",
-        title: label,
-        "aria-pressed": String(!this.isHidden(curve)),
-        ...on,
-        onclick: () => this.board.hide(hideKey),
-      },
-      ...shown,
-    );
-    return el("li", {}, button, this.outputs.get(label));
-  }
-
-  #fillLast() {
-    setText(this.readout, "");
-    for (const curve of this.all)
-      setText(this.outputs.get(curve.label), (curve.show ?? number)(curve.last ?? curve.series.last));
+  /** Write the legend with the values at a place, or the last ones. */
+  #writeLegend(x = null) {
+    setText(this.readout, x === null ? "" : placeOn(this.board.view.axis, x));
+    const entries = this.all.map((curve) => {
+      const at = x === null ? -1 : this.shown.indexOf(curve);
+      return {
+        curve: { ...curve, dash: this.dashOf(curve) },
+        key: this.hideKey(curve),
+        label: curve.label,
+        isHidden: this.isHidden(curve),
+        ...(at < 0 ? { value: (curve.show ?? number)(curve.last ?? curve.series.last) } : this.#valueAt(at, x)),
+      };
+    });
+    writeLegend(this.legend, entries, this.board);
+    // The runs are named once, at the top.
+    this.legend.classList.toggle("compact", entries.length > 1 && this.all.every(({ run, label }) => run === label));
   }
 
   #point(u) {
     const x = u.cursor.left >= 0 && u.cursor.idx !== null ? u.data[0][u.cursor.idx] : null;
-    if (x === null || x === undefined) {
-      this.#fillLast();
-      return;
-    }
-    setText(this.readout, placeOn(this.board.view.axis, x));
-    this.shown.forEach((curve, i) => {
-      const { value, raw } = this.#valueAt(i, x);
-      this.outputs.get(curve.label)?.replaceChildren(value, raw ? el("span", { class: "raw", text: ` raw ${raw}` }) : "");
-    });
+    this.#writeLegend(x ?? null);
   }
 
   /** What a curve reads at a place: `{value, raw}`, where `raw` is the value before smoothing, if it is smoothed. */
@@ -609,20 +575,4 @@ function* sparsely(marks, placeOf) {
     before = place;
     yield mark;
   }
-}
-
-/** A sample of a curve's line: colour and pattern. */
-export function swatch(curve) {
-  const root = svg("svg", { class: "swatch", width: 26, height: 10, "aria-hidden": "true" });
-  if (curve.layer) {
-    root.append(svg("rect", { x: 7, y: 0, width: 10, height: 10, rx: 2, fill: curve.colour }));
-    if (curve.isHatched)
-      root.append(
-        svg("path", { d: "M7 10 L17 0 M7 5 L12 0 M12 10 L17 5", stroke: colours().surface, "stroke-width": 1.5 }),
-      );
-    return root;
-  }
-  const line = { x1: 0, x2: 26, y1: 5, y2: 5, stroke: curve.colour, "stroke-width": curve.width ?? 2 };
-  root.append(svg("line", { ...line, "stroke-dasharray": (curve.dash ?? []).join(" ") || null }));
-  return root;
 }

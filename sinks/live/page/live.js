@@ -1,12 +1,12 @@
 /** The page: it chooses the shown runs, updates their parts, and handles the reader's actions. */
 
 import { Board } from "./board.js";
-import { swatch } from "./charts.js";
 import { Connection, get, NO_RUN, report, token, TokenWanted } from "./connection.js";
 import { freshCommandId, isNarrow, setUpControls, showCommands, showControls, toast, WORDS } from "./controls.js";
 import { announce, contained, setAttribute, setText } from "./dom.js";
 import { writeFigures } from "./figures.js";
 import { count, duration } from "./format.js";
+import { swatch } from "./legend.js";
 import { fillHistograms, fillMedia } from "./media.js";
 import { ChartMenu } from "./menu.js";
 import { Checkpoints, fillAbout, fillObservers, fillProblems, fillRanks, Log } from "./panels.js";

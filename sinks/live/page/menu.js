@@ -1,9 +1,10 @@
 /** The options of a chart: a menu for all of them, and the dialog in which a chart is enlarged. */
 
 import { Chart } from "./charts.js";
-import { announce, el } from "./dom.js";
+import { announce } from "./dom.js";
 import { csvOf, pngOf, save, svgOf } from "./export.js";
 import { count } from "./format.js";
+import { html, render } from "./view.js";
 
 export class ChartMenu {
   constructor(app) {
@@ -21,40 +22,10 @@ export class ChartMenu {
   }
 
   open(chart) {
-    const { view, board } = this.app;
-    const checkbox = (label, checked, onchange) =>
-      el("label", { class: "check" }, el("input", { type: "checkbox", checked, onchange }), label);
-    const choice = (label, name, checked) =>
-      checkbox(label, checked, ({ target }) => {
-        view[name].own.set(chart.key, target.checked);
-        board.changed();
-      });
-    const action = (text, act) =>
-      el("button", {
-        type: "button",
-        class: "quiet",
-        text,
-        onclick: () => {
-          this.root.hidePopover();
-          act();
-        },
-      });
     const isLarge = this.dialog.contains(chart.root);
     this.root.setAttribute("aria-label", `Options of ${chart.title}`);
-    this.root.replaceChildren(
-      ...[
-        chart.range ? null : choice("Logarithmic scale", "log", chart.isLog),
-        chart.range ? null : choice("Ignore outliers", "robust", chart.isRobust),
-        checkbox("Show as table", chart.isTable, ({ target }) => chart.showTable(target.checked)),
-        isLarge ? null : action("Enlarge", () => this.#enlarge(chart)),
-        ...(isLarge || !chart.place ? [] : this.#placing(chart, action)),
-        action("Save CSV", () => save(csvOf(chart), "text/csv", chart.title, "csv")),
-        ...(chart.u ? [
-          action("Save SVG", () => save(svgOf(chart), "image/svg+xml", chart.title, "svg")),
-          action("Save PNG", () => pngOf(chart).then((image) => save(image, "image/png", chart.title, "png"))),
-        ] : []),
-      ].filter(Boolean),
-    );
+    render(null, this.root); // its checkboxes may be another chart's
+    render(this.#items(chart, isLarge), this.root);
     // Elements outside of an open dialog are inert.
     (isLarge ? this.dialog : document.body).append(this.root);
     this.root.showPopover();
@@ -65,12 +36,43 @@ export class ChartMenu {
     this.root.style.top = `${below + height > innerHeight - 8 ? Math.max(8, button.top - height - 4) : below}px`;
   }
 
-  #placing(chart, action) {
+  #items(chart, isLarge) {
+    const choice = (label, isChosen, choose) =>
+      html`<label class="check">
+        <input type="checkbox" checked=${isChosen} onChange=${({ target }) => choose(target.checked)} /> ${label}
+      </label>`;
+    const setting = (name) => (isOn) => {
+      this.app.view[name].own.set(chart.key, isOn);
+      this.app.board.changed();
+    };
+    const actions = [
+      ...(isLarge ? [] : [["Enlarge", () => this.#enlarge(chart)], ...this.#placing(chart)]),
+      ["Save CSV", () => save(csvOf(chart), "text/csv", chart.title, "csv")],
+      chart.u && ["Save SVG", () => save(svgOf(chart), "image/svg+xml", chart.title, "svg")],
+      chart.u && ["Save PNG", async () => save(await pngOf(chart), "image/png", chart.title, "png")],
+    ];
+    const act = (action) => () => {
+      this.root.hidePopover();
+      action();
+    };
+    return html`
+      ${!chart.range && choice("Logarithmic scale", chart.isLog, setting("log"))}
+      ${!chart.range && choice("Ignore outliers", chart.isRobust, setting("robust"))}
+      ${choice("Show as table", chart.isTable, (isTable) => chart.showTable(isTable))}
+      ${actions
+        .filter(Boolean)
+        .map(([text, action]) => html`<button type="button" class="quiet" onClick=${act(action)}>${text}</button>`)}
+    `;
+  }
+
+  /** The actions on a chart's place. */
+  #placing(chart) {
+    if (!chart.place) return [];
     const { sections } = this.app;
     const { keys } = chart.place;
     const at = keys.indexOf(chart.key);
     const isPinned = sections.isPinned(chart);
-    const move = (by) => {
+    const move = (by) => () => {
       const place = sections.move(chart, by);
       chart.button.focus();
       announce(`${chart.title} is chart ${count(place + 1)} of ${count(keys.length)}`);
@@ -81,9 +83,9 @@ export class ChartMenu {
       announce(`${chart.title} is ${isPinned ? "not pinned any more" : "pinned"}`);
     };
     return [
-      action(isPinned ? "Unpin" : "Pin to the top", pin),
-      at > 0 ? action("Move forward", () => move(-1)) : null,
-      at < keys.length - 1 ? action("Move back", () => move(1)) : null,
+      [isPinned ? "Unpin" : "Pin to the top", pin],
+      at > 0 && ["Move forward", move(-1)],
+      at < keys.length - 1 && ["Move back", move(1)],
     ];
   }
 

@@ -1,9 +1,9 @@
 /** The list of runs, and the words for a run's state. */
 
 import { contained, el, reconcile, setAttribute, setText } from "./dom.js";
-import { swatch } from "./charts.js";
 import { ago, count, duration, number } from "./format.js";
 import { matcher } from "./match.js";
+import { swatch } from "./legend.js";
 import { colours, DASHES } from "./theme.js";
 
 function byId(id) {

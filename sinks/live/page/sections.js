@@ -5,6 +5,7 @@ import { el, reconcile, setAttribute, setText, table } from "./dom.js";
 import { count, lowerIsBetter, number, unitOf } from "./format.js";
 import { ledgerCurves, ledgerTable } from "./ledger.js";
 import { matcher } from "./match.js";
+import { MOST_SERIES } from "./store.js";
 import { colours, DASHES, LAYERS } from "./theme.js";
 
 const FIRST_METRICS = 48;
@@ -63,6 +64,7 @@ export class Sections {
         "metrics-count",
         "metrics-filter",
         "metrics-fold",
+        "metrics-left-out",
         "metrics-none",
         "metrics-more",
         "ledger-section",
@@ -193,6 +195,12 @@ export class Sections {
   #tellMetrics(names, found, shown, problem) {
     const wanted = this.app.view.filter.trim();
     this.parts["metrics-section"].hidden = names.length === 0;
+    const leftOut = this.app
+      .shownRuns()
+      .filter(({ store }) => store.leftOut)
+      .map(({ store }) => `${store.runId} has more than ${count(MOST_SERIES)} metrics: charts lack ${count(store.leftOut)} values of the others.`);
+    this.parts["metrics-left-out"].hidden = !leftOut.length;
+    setText(this.parts["metrics-left-out"], leftOut.join(" "));
     this.parts["metrics-filter"].hidden = names.length < SEARCH_FROM && !wanted;
     const some = shown < names.length ? `${count(shown)} of ${count(names.length)}` : count(names.length);
     setText(this.parts["metrics-count"], names.length ? some : "");

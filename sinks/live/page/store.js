@@ -4,7 +4,7 @@
 export const MOST_POINTS = 4000;
 const MOST_POINTS_OF_MANY = 1000;
 const MANY = 200;
-const MOST_SERIES = 2000;
+export const MOST_SERIES = 2000;
 export const MOST_LINES = 1000;
 const MOST_CHECKPOINTS = 1000;
 const MOST_OBSERVERS = 200;
@@ -155,6 +155,7 @@ export class RunStore {
     this.cursor = null;
     this.attempt = null;
     this.series = new Map();
+    this.leftOut = 0; // values under names beyond the maximum number of curves
     this.stages = new Map(); // name -> "val" or "test": what user code logs while it validates or tests
     this.log = [];
     this.lines = 0; // total entries of the log, for incremental drawing
@@ -224,6 +225,10 @@ export class RunStore {
   }
 
   #take(data) {
+    if (data.left_out && data.left_out !== this.leftOut) {
+      this.leftOut = data.left_out;
+      this.touched.add("names");
+    }
     for (const [name, stage] of Object.entries(data.stages ?? {})) {
       if (!this.series.has(name)) continue; // bounded by the number of curves
       this.stages.set(name, stage);
