@@ -32,3 +32,5 @@ from events.errors import TrainingThreadStuck as TrainingThreadStuck
 from events.errors import UnstorableState as UnstorableState
 from events.errors import UploadError as UploadError
 from events.errors import WireError as WireError
+from events.table.frame import frame as frame
+from events.table.frame import runs as runs

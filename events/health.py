@@ -124,6 +124,11 @@ class Health:
         return bool(self._failed)
 
     @property
+    def has_failing_checkpoints(self) -> bool:
+        """Whether a checkpoint has failed, and none of its kind has succeeded since."""
+        return bool(self._checkpoints)
+
+    @property
     def problems(self) -> list[str]:
         """One sentence for each problem, the gravest first; empty for a healthy run."""
         found: list[str] = [self.failure] if self.failure is not None else []

@@ -17,9 +17,9 @@ from events.journal.segment import JOURNAL_DIR
 from events.journal.tail import journal_tail
 from events.messages import Event
 from events.protocol import ObserverReport
+from events.run.damage import unreadable
 from events.run.folder import is_held
 from events.sink import RunInfo, Sink, delivery_of
-from sinks.damage import unreadable
 from sinks.host.child import FeedObservers, Place
 
 _LOOK_S = 0.5

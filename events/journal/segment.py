@@ -33,6 +33,7 @@ MAX_SEGMENT = 2**52
 
 _SEGMENT = re.compile(r"\d{20}\.jsonl", re.ASCII)
 _CHUNK = 2**20
+_HEAD = 1_024
 _SCAN_BYTES = 256 * 2**20
 """Maximum bytes of data that are searched for the end of a line that is too long; then the rest is skipped."""
 _RANGES = 1_024
@@ -75,6 +76,15 @@ def open_segment(journal_dir: str | os.PathLike[str], number: int, flags: int = 
     """Open a segment and return its descriptor. Raises as `events.safe_files.open_below`."""
     root, name = _place(journal_dir)
     return open_below(root, f"{name}/{segment_name(number)}", flags, 0o644)
+
+
+def journal_head(journal_dir: str | os.PathLike[str]) -> bytes:
+    """Return the start of a journal's first event, which identifies it; empty without one. Raises `OSError`."""
+    try:
+        with open(open_segment(journal_dir, segment_numbers(journal_dir)[0]), "rb", buffering=0) as file:
+            return file.read(_HEAD).partition(b"\n")[0]
+    except (FileNotFoundError, IndexError):
+        return b""
 
 
 class SegmentLines:

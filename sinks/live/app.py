@@ -38,8 +38,8 @@ from starlette.types import ASGIApp, ExceptionHandler, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from events.errors import ArgumentsError, RunFolderError, WireError
+from events.run.damage import unreadable
 from events.wire import decode_command
-from sinks.damage import unreadable
 from sinks.live.access import Access, Refused, Request
 from sinks.live.bounds import Limit, Unread
 from sinks.live.client import (

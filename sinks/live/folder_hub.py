@@ -12,11 +12,11 @@ import anyio.to_thread
 import msgspec
 
 from events.journal.reader import JournalReader
-from events.journal.segment import JOURNAL_DIR, segment_numbers
+from events.journal.segment import JOURNAL_DIR, journal_head, segment_numbers
+from events.run.damage import damage_in, damage_of, reason_of
 from events.run.folder import is_held
-from sinks.damage import damage_in, damage_of, reason_of
 from sinks.live.hub import BATCH, Hub
-from sinks.live.stored import PAUSE_S, batches, encode_view, head_of, read_view, store_view
+from sinks.live.stored import PAUSE_S, batches, encode_view, read_view, store_view
 from sinks.live.turns import READING
 
 _STORE_S = 30.0
@@ -118,14 +118,14 @@ class FolderHub(Hub):
 
     def _is_another(self, run_dir: Path) -> bool:
         """Whether the journal was replaced."""
-        before, now = self._head, head_of(run_dir)
+        before, now = self._head, journal_head(run_dir / JOURNAL_DIR)
         if now:  # otherwise the journal was removed: clients keep the view
             self._head = now
         return bool(now) and before not in (b"", now)
 
     def _begin(self, run_dir: Path) -> None:
         """Read the journal from its beginning, or from the end of the stored view."""
-        self._head = head_of(run_dir)
+        self._head = journal_head(run_dir / JOURNAL_DIR)
         view, self._stored_cursor = read_view(run_dir)
         self._replace(view)
         self._reader = JournalReader(run_dir / JOURNAL_DIR, view.cursor)

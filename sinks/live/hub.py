@@ -25,9 +25,9 @@ from events.messages import Event, RunResumed
 from events.protocol import AnyCommand
 from events.run.inbox import commands_of
 from events.run.summary import Summary
+from events.run.trim import trimmed
 from sinks.live.frames import Message, RecentFrames, encode
 from sinks.live.stored import read_view
-from sinks.live.trim import trimmed
 from sinks.live.view import Changes, RunView
 
 FRAME_S = 0.1

@@ -13,9 +13,9 @@ import msgspec
 
 from events.errors import RunFolderError
 from events.journal.segment import JOURNAL_DIR, segment_numbers
+from events.run.damage import damage_of, reason_of
 from events.run.folder import is_held
 from events.safe_files import replace_below
-from sinks.damage import damage_of, reason_of
 from sinks.live.frames import encode
 from sinks.live.images import open_image
 from sinks.live.stored import read_view

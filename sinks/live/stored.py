@@ -14,14 +14,14 @@ import msgspec
 from events.errors import WireError
 from events.journal.history import EventFinder, history_filter
 from events.journal.reader import JournalReader
-from events.journal.segment import JOURNAL_DIR, open_segment, segment_numbers
+from events.journal.segment import JOURNAL_DIR, journal_head
 from events.journal.tail import journal_tail
 from events.messages import Event, RunResumed
 from events.msgpack_keys import check_keys
+from events.run.damage import damage_in, damage_of, reason_of
 from events.run.folder import is_held
+from events.run.trim import trimmed
 from events.safe_files import list_below, read_below, replace_below
-from sinks.damage import damage_in, damage_of, reason_of
-from sinks.live.trim import trimmed
 from sinks.live.turns import READING, TURN_S
 from sinks.live.view import RunView
 
@@ -36,7 +36,6 @@ _SLICE_S = TURN_S
 _AT_ONCE = 8
 _BATCH_BYTES = 32 * 2**20
 """Maximum estimated bytes of memory per batch, its last read excepted."""
-_HEAD = 1_024
 _TRIES = 3
 _MOST_BYTES = 32 * 2**20
 """Maximum bytes of a stored view, for writing and reading."""
@@ -147,7 +146,7 @@ def write_view(run_dir: Path, view: RunView) -> None:
 def encode_view(run_dir: Path, view: RunView) -> bytes | None:
     """Encode a view for `store_view`; None if that is not possible, or its journal could not be read."""
     try:
-        data = msgspec.msgpack.encode(_Stored(_VERSION, head_of(run_dir), view))
+        data = msgspec.msgpack.encode(_Stored(_VERSION, journal_head(run_dir / JOURNAL_DIR), view))
     except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         return None
     return data if len(data) <= _MOST_BYTES and not view.is_broken else None
@@ -161,23 +160,15 @@ def store_view(run_dir: Path, data: bytes) -> None:
         replace_below(run_dir, STORE_NAME, data)
 
 
-def head_of(run_dir: Path) -> bytes:
-    """Return the start of a journal's first event, which identifies it. Raises `OSError`."""
-    try:
-        number = segment_numbers(run_dir / JOURNAL_DIR)[0]
-        with open(open_segment(run_dir / JOURNAL_DIR, number), "rb", buffering=0) as file:
-            return file.read(_HEAD).partition(b"\n")[0]
-    except (FileNotFoundError, IndexError):
-        return b""
-
-
 def _stored_view(run_dir: Path) -> RunView:
     """Return the stored view if it is valid, current and of this journal; otherwise an empty view."""
     try:
         data = read_below(run_dir, STORE_NAME, _MOST_BYTES)
         check_keys(data, _ROOM_BYTES)
         stored = msgspec.msgpack.decode(data, type=_Stored)
-        fits = stored.version == _VERSION and stored.head == head_of(run_dir) and stored.view.is_sound
+        fits = (
+            stored.version == _VERSION and stored.head == journal_head(run_dir / JOURNAL_DIR) and stored.view.is_sound
+        )
         if fits and stored.view.cursor <= journal_tail(run_dir / JOURNAL_DIR, READING.pass_on).seq:
             health = stored.view.health  # rebuilt, because few events of the journal affect it
             for event in EventFinder(run_dir / JOURNAL_DIR, health.types).find(between=READING.pass_on):

@@ -27,12 +27,13 @@ from events.messages import (
 )
 from events.metrics import metric_name
 from events.ranks import RankState
+from events.run.damage import damage_line
 from events.run.state import RunState
 from events.run.summary import CheckpointState
+from events.run.trim import shown_settings
 from sinks.console.lines import Chronicle
 from sinks.console.text import Line
 from sinks.live.series import SeriesStore, as_json, plain, points_of
-from sinks.live.trim import shown_settings
 
 MAX_LINES = 1_000
 MAX_MEDIA = 200
@@ -299,8 +300,3 @@ def _detail_of(event: Event) -> str | None:
 def _is_of_traceback(line: Line) -> bool:
     """Whether it is a row of a traceback on the console; the page has all rows in the detail of one line."""
     return len(line.fields) == 1 and line.fields[0][0].style == "dim"
-
-
-def damage_line(reason: str) -> str:
-    """Return the problem that names a damage."""
-    return f"the run's folder is damaged: {reason}"

@@ -51,6 +51,8 @@ PUBLIC = {
     "UnstorableState",
     "UploadError",
     "WireError",
+    "frame",
+    "runs",
 }
 
 

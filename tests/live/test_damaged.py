@@ -19,14 +19,15 @@ from support.threads import wait_until
 
 from events.journal.lines import encode_lines
 from events.messages import HistogramLogged, JournalGap, MetricsLogged, RunEnded, RunResumed, TextLogged, WarningLogged
+from events.run.damage import damage_line
+from events.run.trim import trimmed
 from events.safe_files import UnsafeFile, open_below, stat_below
 from events.wire import decode_json
 from sinks.live.folder_hub import FolderHub
 from sinks.live.runs import RunsOfFolder
 from sinks.live.series import MOST_SERIES
 from sinks.live.stored import STORE_NAME, read_view, write_view
-from sinks.live.trim import trimmed
-from sinks.live.view import MAX_DETAILS, MAX_LINES, Changes, HistogramStep, RunView, damage_line
+from sinks.live.view import MAX_DETAILS, MAX_LINES, Changes, HistogramStep, RunView
 
 TOKEN = "a-token-of-this-test"
 SECRET = b"a-secret-of-the-user"

@@ -18,6 +18,7 @@ from live.kit import Story, Told, Watcher
 from events.errors import ArgumentsError
 from events.journal.segment import segment_numbers
 from events.messages import CheckpointSaved
+from events.table.entry import EntryReader
 from sinks.live import folder_hub as folder_hub_module
 from sinks.live import hub as hub_module
 from sinks.live.access import Access
@@ -26,7 +27,6 @@ from sinks.live.folder_hub import FolderHub
 from sinks.live.hub import Hub
 from sinks.live.runs import RunsOfFolder
 from sinks.live.stored import STORE_NAME, read_view
-from sinks.live.summaries import summarise
 
 pytestmark = pytest.mark.anyio
 
@@ -388,7 +388,8 @@ async def test_the_runs_of_a_folder_are_found_by_its_path_as_text(told: Told, mo
     (summary,) = await RunsOfFolder(told.path.name).summaries(commands=False)
     hub = await RunsOfFolder(str(told.path.parent)).hub(summary.run_id)
     assert hub is not None
-    assert summarise(told.path.name).run_id == read_view(told.path.name)[0].run.run_id == summary.run_id
+    by_entry, by_view = EntryReader(told.path.name).read().run, read_view(told.path.name)[0].run
+    assert by_entry.run_id == by_view.run_id == summary.run_id
     assert segment_numbers(f"{told.path.name}/journal") == [1]
     assert isinstance(LiveApp(told.path.name, Access())._runs, RunsOfFolder)
     for wrong in (3, None, RunsOfFolder):

@@ -36,10 +36,10 @@ from events.messages import (
 )
 from events.run.state import MAX_CHECKPOINTS
 from events.run.summary import UploadState
+from events.table.entry import EntryReader
 from sinks.live.frames import encode
 from sinks.live.series import MOST_SERIES
 from sinks.live.stored import STORE_NAME, read_view, write_view
-from sinks.live.summaries import HealthReader, summarise
 from sinks.live.view import MAX_LINES, MAX_MEDIA, MAX_STEPS_OF_A_HISTOGRAM, Changes, RunView
 
 
@@ -375,13 +375,13 @@ def test_a_folder_that_cannot_be_written_to_is_not_changed(tmp_path: Path) -> No
 
 
 def test_the_list_shows_problems_in_the_middle_of_a_long_journal(told: Told) -> None:
-    """For a summary only the beginning and the end are decoded; later problems are added."""
+    """Later ones are added without reading the journal again."""
     tell = told.story
     told.write(tell.started(), *tell.steps(3_000), tell(NonFiniteLoss, loss=math.nan, action="warned"))
     told.write(*tell.steps(3_000))
-    health = HealthReader(told.path)
-    assert summarise(told.path, health).problems == ["the loss was NaN or infinite in 1 step, first at step 3,000"]
+    reader = EntryReader(told.path)
+    assert reader.read().run.problems == ["the loss was NaN or infinite in 1 step, first at step 3,000"]
     told.write(tell(ObserverFailed, observer="csv", error="E", action="disabled"), tell.ended())
-    run = summarise(told.path, health)
-    assert (run.problems, run.ended) == (summarise(told.path).problems, tell.time)
+    run = reader.read().run
+    assert (run.problems, run.ended) == (EntryReader(told.path).read().run.problems, tell.time)
     assert len(run.problems) == 2

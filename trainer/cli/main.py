@@ -135,6 +135,7 @@ def _parser() -> _Parser:
     _add_demo_and_train(commands)
     _add_checkpoints(commands)
     _add_watch(commands)
+    _add_runs(commands)
     _add_readers(commands)
     return root
 
@@ -312,6 +313,33 @@ def _add_watch(commands: _Commands) -> None:
         help="another site whose pages may use the server; may be repeated",
     )
     watch.add_argument("--no-token", action="store_true", help="allow every user of this machine to watch")
+
+
+def _add_runs(commands: _Commands) -> None:
+    runs = _add(
+        commands,
+        "runs",
+        "print a table of runs",
+        "It has all runs in a folder, at any depth: state, progress, metrics, the hyperparameters that differ, health."
+        " config.NAME is a hyperparameter; last.NAME, best.NAME, min.NAME and max.NAME are values of a metric; a name"
+        " alone is enough where it is clear. Conditions compare columns: 'lr > 0.01 and val_loss < 0.5',"
+        " 'status == failed or not tags == baseline', 'note ~ \"warm.?up\"'.",
+    )
+    runs.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="default: runs")
+    runs.add_argument("--sort", default="", metavar="COLUMNS", help="one, or several with commas; default: the newest")
+    runs.add_argument("--reverse", action="store_true", help="print the last run first")
+    runs.add_argument(
+        "--filter",
+        dest="filters",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a condition, or a regular expression on the name; may be repeated",
+    )
+    runs.add_argument("--columns", default="", metavar="COLUMNS", help="with commas between them; 'help' lists all")
+    form = runs.add_mutually_exclusive_group()
+    form.add_argument("--json", dest="as_json", action="store_true", help="print a JSON array with all columns")
+    form.add_argument("--csv", dest="as_csv", action="store_true", help="print CSV with all columns")
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:

@@ -29,7 +29,7 @@ def trimmed(events: Sequence[Event]) -> Sequence[Event]:
     """
     if all(type(event) is TrainStepEnded or not _is_large(event) for event in events):
         return events
-    return [_cut(event) if _is_large(event) else event for event in events]
+    return [_cut(event) if type(event) is not TrainStepEnded and _is_large(event) else event for event in events]
 
 
 def _is_large(event: Event) -> bool:

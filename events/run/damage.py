@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from pathlib import Path
 
 from events.errors import WireError
 from events.journal.reader import JournalReader
 from events.journal.segment import JOURNAL_DIR, open_segment, segment_numbers
 from events.run.folder import ARGUMENTS_NAME, CONFIG_NAME, LOCK_NAME
+from events.run.summary import Summary
 from events.safe_files import UnsafeFile, kind_of, list_below, stat_below
-from sinks.format import plain_text
+from events.text import plain_text
 
 _MOST_REASON = 300
 _PARTS = {JOURNAL_DIR: True, "media": True, LOCK_NAME: False, ARGUMENTS_NAME: False, CONFIG_NAME: False}
-_PARTS |= {"live.json": False, "view.msgpack": False}
+_PARTS |= {"live.json": False, "view.msgpack": False, "entry.msgpack": False, "notes.json": False}
 """The parts of a run folder that clients see; True for folders."""
 
 
@@ -25,13 +25,15 @@ def damage_of(run_dir: Path) -> str | None:
 
     Waits for the disk, and opens nothing. Raises `OSError` if the folder cannot be read.
     """
+    try:
+        there = {entry.name: entry for entry in list_below(run_dir, ".")}
+    except FileNotFoundError:
+        return None
     for name, is_folder in _PARTS.items():
-        try:
-            mode = stat_below(run_dir, name).st_mode
-        except FileNotFoundError:
-            continue
-        if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
-            return f"{name} is {kind_of(mode)} instead of a {'folder' if is_folder else 'file'}"
+        entry = there.get(name)
+        if entry is not None and not (entry.is_dir if is_folder else entry.is_file)(follow_symlinks=False):
+            kind = kind_of(stat_below(run_dir, name).st_mode)
+            return f"{name} is {kind} instead of a {'folder' if is_folder else 'file'}"
     return None
 
 
@@ -79,3 +81,17 @@ def reason_of(error: Exception, run_dir: Path) -> str:
         return plain_text(f"{path}: {error.strerror}" if path != "." else str(error.strerror), _MOST_REASON)
     name = "" if isinstance(error, WireError) else f"{type(error).__name__}: "
     return plain_text(f"{name}{error}", _MOST_REASON)
+
+
+def add_damage(run: Summary, reason: str | None) -> None:
+    """Add the reason of a damage, if there is one, and none is known yet."""
+    if reason is None or run.damage is not None:
+        return
+    run.damage = reason
+    run.problems = [damage_line(reason), *run.problems]
+    run.settle(is_held=run.status == "running")
+
+
+def damage_line(reason: str) -> str:
+    """Return the problem that names a damage."""
+    return f"the run's folder is damaged: {reason}"

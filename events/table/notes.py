@@ -1,0 +1,42 @@
+"""What people note about a run: another name, tags, a note and a colour, in one small file of the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Annotated
+
+import msgspec
+
+from events.bounds import MAX_NAME_CHARS
+from events.safe_files import read_below, replace_below
+
+NOTES_NAME = "notes.json"
+MAX_TAGS = 50
+MAX_NOTE_CHARS = 4_000
+_MOST_BYTES = 256 * 1_024
+
+_Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
+
+
+class Notes(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What people note about a run. Empty by default; people may edit the file by hand."""
+
+    name: _Name = ""
+    """Shown in place of the run's name, which stays its address."""
+    tags: Annotated[tuple[_Name, ...], msgspec.Meta(max_length=MAX_TAGS)] = ()
+    note: Annotated[str, msgspec.Meta(max_length=MAX_NOTE_CHARS)] = ""
+    colour: Annotated[str, msgspec.Meta(pattern="^(#[0-9a-f]{6})?$")] = ""
+    """``#rrggbb``, or empty for the page's own choice."""
+
+
+def read_notes(run_dir: str | os.PathLike[str]) -> Notes:
+    """Return the notes about a run; empty ones if the file is missing or is not valid. Never raises."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return msgspec.json.decode(read_below(run_dir, NOTES_NAME, _MOST_BYTES), type=Notes)
+    return Notes()
+
+
+def write_notes(run_dir: str | os.PathLike[str], notes: Notes) -> None:
+    """Replace the notes about a run as a whole. Waits for the disk. Raises `OSError`."""
+    replace_below(run_dir, NOTES_NAME, msgspec.json.format(msgspec.json.encode(notes), indent=2) + b"\n")

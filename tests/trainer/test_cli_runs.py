@@ -1,0 +1,80 @@
+"""``stagecast runs``: the table of runs in a terminal, and as JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from support.command import Stagecast
+from support.training import Net, train
+
+import events
+from sinks.format import cells
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three runs of different learning rates, one of them in a folder of its own."""
+    for number, lr in enumerate((0.1, 0.01, 0.001)):
+        place = f"sweep/run{number}" if number == 2 else f"run{number}"
+        options = {"run_id": f"run{number}", "journal": True, "config": {"lr": lr, "seed": 1}}
+        assert train(Net(), epochs=2, run_dir=tmp_path / "runs" / place, **options).error is None
+    return tmp_path / "runs"
+
+
+def test_runs_are_printed_as_a_table_json_and_csv(folder: Path, stagecast: Stagecast) -> None:
+    """All have the same values, those of the reader in Python."""
+    rows = events.runs(folder)
+    assert [(row["id"], row["config.lr"], row["status"]) for row in rows] == [
+        ("run2", 0.001, "finished"),
+        ("run1", 0.01, "finished"),
+        ("run0", 0.1, "finished"),
+    ]
+    frame = events.frame(folder / "run0")
+    by_id = {row["id"]: row for row in rows}
+    assert by_id["run0"]["best.train_loss"] == min(frame["train_loss"])
+    assert by_id["run0"]["last.train_loss"] == frame["train_loss"][-1]
+    code, out, err = stagecast("runs", folder, "--json", "--filter", "lr > 0.005", "--sort", "lr")
+    assert (code, err) == (0, "")
+    assert [row["id"] for row in json.loads(out)] == ["run1", "run0"]
+    columns = "name,lr,best.train_loss,folder"
+    code, out, err = stagecast("runs", folder, "--csv", "--columns", columns, "--sort=-lr", "--reverse")
+    table = list(csv.reader(io.StringIO(out)))
+    assert table[0] == ["name", "config.lr", "best.train_loss", "folder"]
+    assert [row[0] for row in table[1:]] == ["run2", "run1", "run0"]
+    assert (table[1][1], table[1][3]) == ("0.001", "sweep/run2")
+    assert float(table[3][2]) == by_id["run0"]["best.train_loss"]
+    assert "best.train_loss" in stagecast("runs", folder, "--columns", "help").out.split()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+def test_the_table_fits_the_terminal(
+    folder: Path, stagecast: Stagecast, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """What has no room is left out from the end; columns that were asked for are named then."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    head, *lines = stagecast("runs", folder, "--sort", "lr").out.splitlines()
+    assert [line.split()[0] for line in lines] == ["run2", "run1", "run0"]
+    assert head.split()[:2] == ["name", "status"]
+    assert max(cells(line) for line in [head, *lines]) <= width
+    assert ("config.lr" in head, "config.seed" in head) == (width >= 80, False)
+    code, out, err = stagecast("runs", folder, "--columns", "name,command,best.train_loss,last.train_loss,host,folder")
+    assert max(map(cells, out.splitlines())) <= width
+    assert ("no room" in err, code) == (width < 120, 0)
+
+
+def test_what_cannot_be_shown_is_explained(folder: Path, stagecast: Stagecast) -> None:
+    for words, code, says in [
+        (["--sort", "los"], 2, "'los' is not a column of these runs"),
+        (["--filter", "lrr > 1"], 2, "'lrr' is not a column of these runs; did you mean lr?"),
+        (["--columns", "name,config.lrs"], 2, "did you mean config.lr?"),
+        (["--filter", "lr > 1"], 0, "no runs in "),
+    ]:
+        ended = stagecast("runs", folder, *words)
+        assert (ended.code, ended.out, says in ended.err) == (code, "", True), ended.err
+    assert stagecast("runs", folder, "--filter", "lr > 1", "--json").out == "[]\n"
+    ended = stagecast("runs", folder / "gone")
+    assert (ended.code, "is not a folder; name a run folder" in ended.err) == (1, True)
