@@ -965,7 +965,8 @@ def test_a_chart_is_saved_as_a_file(show: Show) -> None:
 
 
 def test_a_chart_is_enlarged_and_escape_closes_it(show: Show) -> None:
-    page = show(a_run())
+    """The zoom stays."""
+    page = show(a_run(), fragment="#zoom=100~200")
     before = first_chart(page).bounding_box()
     page.get_by_role("button", name="Options of Gradient norm").click()
     page.locator("#chart-menu").get_by_text("Enlarge").click()
@@ -979,10 +980,11 @@ def test_a_chart_is_enlarged_and_escape_closes_it(show: Show) -> None:
     page.get_by_label("Logarithmic scale").check()  # of both
     page.keyboard.press("Escape")
     expect(large).to_be_visible()
+    large.get_by_role("img").focus()
     page.keyboard.press("Escape")
     expect(page.locator("#enlarged")).to_be_hidden()
     expect(large).to_have_count(0)
-    assert page.url.endswith("&log=on%3Atraining%2FGradient+norm")
+    assert page.url.endswith("&log=on%3Atraining%2FGradient+norm&zoom=100%7E200")
 
 
 def test_the_loss_is_on_the_first_screen_of_a_phone(show: Show) -> None:

@@ -489,7 +489,7 @@ export class Chart {
     const to = { ArrowLeft: now - by, ArrowRight: now + by, Home: 0, End: xs.length - 1 }[event.key];
     if (event.key === "Escape") {
       this.u.setCursor({ left: -10, top: -10 });
-      if (this.board.view.zoom) this.board.zoom(null);
+      if (this.board.view.zoom && !this.root.closest("dialog")) this.board.zoom(null); // it closes the dialog
     } else if (to !== undefined) {
       event.preventDefault();
       const x = xs[Math.min(xs.length - 1, Math.max(0, to))];
