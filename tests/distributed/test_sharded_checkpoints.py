@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, load_model
 from support.ranks import StartRanks
-from support.sharded_checkpoints import CASE, Odd, begin, check_continued, checkpoints_in, go_on
+from support.sharded_checkpoints import CASE, KINDS, Averaged, Even, Odd, begin, check_continued, checkpoints_in, go_on
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -27,9 +27,9 @@ from support.sharded_checkpoints import *
 rank = int(os.environ["RANK"])
 found = {"saved": begin(Path("two"), "fsdp")}
 
-def copied(name):
+def copied(name, source="two"):
     if rank == 0:  # the next run of the other rank waits for this one's
-        shutil.copytree("two", name)
+        shutil.copytree(source, name)
     return Path(name)
 
 found["two"] = go_on(copied("again"), "fsdp")
@@ -44,6 +44,9 @@ found["as ddp"] = go_on(copied("as-ddp"), "ddp")
 begin(Path("ddp"), "ddp")
 found["of ddp"] = go_on(Path("ddp"), "fsdp")
 found["of one"] = go_on(Path("one"), "fsdp")
+for make in (Even, Averaged):
+    begin(Path(make.__name__), "fsdp", make=make)
+    found[make.__name__] = go_on(copied("two-" + make.__name__, make.__name__), "fsdp", make=make)
 found["weights"] = go_on(None, "fsdp", None, init_from="again")
 
 def fails(number, args):
@@ -70,8 +73,14 @@ import sinks.checkpoints.shards as shards
 from support.sharded_checkpoints import *
 
 rank = int(os.environ["RANK"])
-torch.save(go_on(Path("four"), "fsdp"), f"four-{rank}.pt")
-begin(Path("of-four"), "fsdp")
+copies = Fsdp(units=[], replicate=2)
+runs = {name: go_on(Path(name), copies, make=make) for name, make in KINDS.items()}
+torch.save(runs, f"four-{rank}.pt")
+begin(Path("of-four"), copies)
+try:
+    go_on(None, "fsdp", None, make=Factored)
+except Exception as error:
+    Path(f"refused-{rank}").write_text(str(error))
 torch.save(None, f"done-{rank}.pt")
 if rank == 3:
     notes = []
@@ -124,6 +133,10 @@ def test_sharded_checkpoints_are_whole_and_fit_any_number_of_ranks(
     assert not [name for name in checkpoints_in(tmp_path / "slow") if "tmp" in name or name == "step-3.a1"]
 
     check_readers(tmp_path, found[0]["two"]["weights"], capsys)
+    for make in (Even, Averaged):
+        kind = go_on(None, "single", None, make=make)
+        check_continued(kind, found[1][make.__name__], make.__name__)
+        check_continued(kind, go_on(tmp_path / make.__name__, "single", make=make), f"{make.__name__}, by one process")
     shutil.copytree(tmp_path / "two", tmp_path / "alone")
     check_continued(alone, go_on(tmp_path / "alone", "single"), "read by one process")
     warm = go_on(None, "single", None, init_from=tmp_path / "again")
@@ -161,13 +174,17 @@ def check_readers(folder: Path, weights: dict[str, torch.Tensor], capsys: pytest
 
 @pytest.mark.timeout(200)
 def test_a_rank_that_is_killed_while_it_saves_leaves_only_whole_checkpoints(ranks: StartRanks, tmp_path: Path) -> None:
-    begin(tmp_path / "four", "single")
+    for name, make in KINDS.items():
+        begin(tmp_path / name, "single", make=make)
     started = ranks(OF_FOUR, 4)
     alone = go_on(None, "single", None)
+    kinds = {name: go_on(None, "single", None, make=make) for name, make in KINDS.items()}
     ended = started.end(180)
     assert all((tmp_path / f"done-{rank}.pt").exists() for rank in range(4)), (ended.report, ended.err)
     for rank in range(4):
-        check_continued(alone, torch.load(tmp_path / f"four-{rank}.pt", weights_only=False), "one to four")
+        for name, found in torch.load(tmp_path / f"four-{rank}.pt", weights_only=False).items():
+            check_continued(kinds[name], found, f"one to four, {name}")
+        assert "Adafactor cannot compute with divided parameters; set" in (tmp_path / f"refused-{rank}").read_text()
     check_continued(alone, go_on(tmp_path / "of-four", "single"), "four to one")
     assert [name for name in checkpoints_in(tmp_path / "killed") if "tmp" not in name] == ["step-3.a1"]
     assert main(["checkpoints", "verify", str(tmp_path / "killed")]) == 0

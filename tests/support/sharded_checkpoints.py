@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import nn
 from events.messages import Event
 from sinks import Memory
 from trainer import Checkpoints, Trainer
-from trainer.callbacks import EMA
+from trainer.callbacks import EMA, SWA
+from trainer.distributed import Fsdp
 from trainer.distributed.local import whole
 from trainer.errors import PeerFailed
 
@@ -42,18 +44,47 @@ class Odd(Classifier):
         return losses + self.odd.sum() ** 2 + self.frozen.sum()
 
 
-def begin(folder: Path, strategy: str, settings: Checkpoints = SETTINGS) -> list[Event]:
+class Even(Classifier):
+    """Has an optimizer whose state is one tensor for all parameters. Torch flattens only parts of the same size."""
+
+    def __init__(self) -> None:
+        super().__init__(dataclasses.replace(CASE, closure=True))
+
+
+class Averaged(Odd):
+    """Is averaged at each step but the first, and validated with the average."""
+
+
+class Factored(Odd):
+    """Has an optimizer that torch does not run on divided parameters."""
+
+    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+        return [torch.optim.Adafactor(self.parameters(), lr=1e-2)], []
+
+
+KINDS: dict[str, Callable[[], Classifier]] = {"four": Odd, "Even": Even, "Averaged": Averaged}
+
+
+def begin(
+    folder: Path, strategy: str | Fsdp, settings: Checkpoints = SETTINGS, make: Callable[[], Classifier] = Odd
+) -> list[Event]:
     """Train up to an error in step 8, with checkpoints after steps 3 and 6; return the events."""
-    module, sink = Odd(), Memory()
+    module, sink = make(), Memory()
     module.fails_at = 8
     with contextlib.suppress(Boom, PeerFailed, RuntimeError):
         _trainer(module, folder, strategy, sink, settings).train()
     return sink.events
 
 
-def go_on(folder: Path | None, strategy: str, resume: str | None = "auto", **more: Any) -> dict[str, Any]:
+def go_on(
+    folder: Path | None,
+    strategy: str | Fsdp,
+    resume: str | None = "auto",
+    make: Callable[[], Classifier] = Odd,
+    **more: Any,
+) -> dict[str, Any]:
     """Resume, or train from the start without a folder of checkpoints; return all that must be the same."""
-    module, sink = Odd(), Memory()
+    module, sink = make(), Memory()
     settings = SETTINGS if resume is not None else None
     result = _trainer(module, folder, strategy, sink, settings, resume=resume, **more).train()
     return {
@@ -67,12 +98,17 @@ def go_on(folder: Path | None, strategy: str, resume: str | None = "auto", **mor
 
 
 def _trainer(
-    module: Odd, folder: Path | None, strategy: str, sink: Memory, settings: Checkpoints | None, **more: Any
+    module: Classifier,
+    folder: Path | None,
+    strategy: str | Fsdp,
+    sink: Memory,
+    settings: Checkpoints | None,
+    **more: Any,
 ) -> Trainer:
     return Trainer(
         module,
         CASE.arguments(strategy=strategy),
-        callbacks=[EMA(module, 0.5)],
+        callbacks=[SWA(module, start_step=2, every_n_steps=1) if isinstance(module, Averaged) else EMA(module, 0.5)],
         sinks=[sink],
         checkpoints=settings if settings is not None else False,
         run_dir=folder,

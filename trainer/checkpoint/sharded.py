@@ -200,7 +200,8 @@ class StagecastReader(StorageReader):
 
         Args:
             layout: Returns the live tensor for a name in the checkpoint. If that is split, and has the stored shape,
-                the copy is split likewise; any other is whole, in host memory.
+                the copy is split likewise; if it has another shape, such as that of L-BFGS over all parameters, every
+                rank has all of the copy, as a ``DTensor``. Any other is whole, in host memory.
             wants: Whether a tensor is read; others are on the meta device.
 
         Raises:
@@ -218,7 +219,11 @@ class StagecastReader(StorageReader):
                 if is_split(live) and tuple(live.shape) == first.shape:
                     read[key] = torch.empty_like(live, dtype=dtype, requires_grad=False)
                 else:
-                    read[key] = torch.empty(first.shape, dtype=dtype, device="cpu")
+                    device = live.device if is_split(live) else "cpu"
+                    read[key] = torch.empty(first.shape, dtype=dtype, device=device)
+                    if is_split(live) and first.shape:  # torch computes with no plain tensor beside a split one
+                        mesh = live.device_mesh
+                        read[key] = DTensor.from_local(read[key], mesh, [Replicate()] * mesh.ndim, run_check=False)
             return read[key]
 
         tree = packing.decode(state, place)

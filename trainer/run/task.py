@@ -23,7 +23,7 @@ from trainer.distributed.ending import ends_of
 from trainer.distributed.reading import read_together
 from trainer.distributed.sharding import Shard, seed_for
 from trainer.distributed.strategy import prepare
-from trainer.errors import ContractError, add_note
+from trainer.errors import ContractError, OptimizerError, add_note
 from trainer.loop.boundary import Boundary
 from trainer.loop.checkpointing import PREPARING
 from trainer.loop.evaluation import Evaluation
@@ -184,6 +184,8 @@ class Task:
         begins_here = attempt.arguments.reset_optimizers_schedulers
         numbers = plan.numbers(*place, trained=origin.global_step if begins_here else None)
         made = Optimization(attempt.module.get_optimizers_schedulers(*numbers), attempt)
+        if attempt.world.shards and any(isinstance(one, torch.optim.Adafactor) for one in made.optimizers):
+            raise OptimizerError("torch.optim.Adafactor cannot compute with divided parameters; set strategy='ddp'")
         trained = {
             id(one) for optimizer in made.optimizers for group in optimizer.param_groups for one in group["params"]
         }
