@@ -55,7 +55,7 @@ def test_divided_modules_train_what_one_process_trains(
 OTHERS = """
 import json, os, torch
 from pathlib import Path
-from support.sharded import Infinite, Stacked, observed
+from support.sharded import Infinite, Penalized, Stacked, observed
 from support.shared_runs import Case, Classifier, train
 from trainer import Trainer
 from trainer.distributed import Fsdp
@@ -83,7 +83,7 @@ def attempt(name, module, strategy, **more):
         folder = f"bad-{name}-{rank if strategy == 'single' else 0}"
         Trainer(module, arguments, sinks=[], checkpoints=False, run_dir=folder).train()
     except Exception as error:
-        mistakes[name] = [type(error).__name__, str(error)]
+        mistakes[name] = [type(error).__name__, " | ".join([str(error), *getattr(error, "__notes__", [])])]
 
 attempt("units", Classifier(Case(rows=16)), Fsdp(units=["Linear", "Block"]))
 attempt("copies", Classifier(Case(rows=16)), Fsdp(replicate=3))
@@ -94,6 +94,7 @@ tied.third.weight = tied.first.weight
 attempt("kept", kept, Fsdp(reshard_after_forward=False))
 attempt("loose", loose, "fsdp")
 attempt("tied", tied, "fsdp")
+attempt("penalty", Penalized(Case(rows=16, manual=True, micro=16)), strategy)
 attempt("other", made, "single")
 attempt("none", Classifier(Case(rows=16, leaves=99)), strategy)
 Path(f"mistakes-{rank}.json").write_text(json.dumps(mistakes))
@@ -145,6 +146,7 @@ def test_averages_statistics_and_skips_are_those_of_the_whole_model(ranks: Start
             ("kept", "ArgumentsError", "Fsdp(reshard_after_forward=False) keeps gathered parameters"),
             ("loose", "ArgumentsError", "the parameter scale is in no submodule with a forward()"),
             ("tied", "ArgumentsError", "the parameter first.weight is in two networks"),
+            ("penalty", "RuntimeError", "its gradients cannot be differentiated; set strategy='ddp'"),
             ("none", "StepOutputError", "returned None, but with strategy='fsdp' all ranks compute gradients"),
         ):
             assert mistakes[name][0] in (kind, "PeerFailed"), mistakes

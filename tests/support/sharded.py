@@ -39,6 +39,15 @@ class Infinite(Classifier):
         return loss * torch.where((batch[2] == 5).any(), torch.inf, 1.0), batch[2]
 
 
+class Penalized(Classifier):
+    """Its loss is of the gradients of its networks."""
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        x = batch[0].requires_grad_()
+        (gradient,) = torch.autograd.grad(self.losses([x, *batch[1:]]).sum(), x, create_graph=True)
+        self.optimize(gradient.square().sum(), 0)
+
+
 class Stacked(Classifier):
     """Has blocks, in float32."""
 

@@ -27,7 +27,7 @@ from trainer.distributed.options import Fsdp
 from trainer.distributed.strategy import Share
 from trainer.distributed.weighing import Weighing, mean_of
 from trainer.distributed.world import World
-from trainer.errors import ArgumentsError, StepOutputError
+from trainer.errors import ArgumentsError, StepOutputError, add_note
 from trainer.module_interface import ModuleInterface
 
 _prepared: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -159,6 +159,14 @@ class ManualFsdp(_Divided):
         try:
             with self._noting(part):
                 yield
+        except RuntimeError as error:
+            if "storage of size 0" in str(error):
+                add_note(
+                    error,
+                    "stagecast: strategy='fsdp' frees the parameters of a network after each backward pass through it,"
+                    " so that its gradients cannot be differentiated; set strategy='ddp'",
+                )
+            raise
         finally:
             self._weighing.clear()
 
