@@ -110,7 +110,7 @@ class DdpStrategy:
             bucket_cap_mb=options.bucket_cap_mb,
             gradient_as_bucket_view=True,
         )
-        self._parts: dict[float, torch.Tensor] = {}
+        self._parts: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}  # gradients of the tally, and their losses
 
     def refresh(self) -> None:
         trained = [id(one) for one in self._module.parameters() if one.requires_grad]
@@ -157,21 +157,26 @@ class DdpStrategy:
         self._weighing.clear()
 
     def _measure(self, loss: torch.Tensor | None, part: float) -> torch.Tensor:
-        tally, weight = self._tally, self._parts.get(part)
-        if weight is None:
+        found = self._parts.get(part)
+        if found is None:
             if len(self._parts) > 64:
                 self._parts.clear()
-            weight = self._parts[part] = torch.full((), part, dtype=tally.dtype, device=tally.device)
+            made = torch.full_like(self._tally, part, requires_grad=False)
+            found = self._parts[part] = made, made[1]
+        both, weighted = found  # written again for each batch: the backward pass copies what is held elsewhere, too
         if loss is None or not part:
-            return torch.stack((weight, torch.zeros_like(weight)))
-        loss = loss.reshape(()).to(tally.device, tally.dtype)
-        return torch.stack((weight, loss if part == 1 else loss * part))
+            weighted.zero_()
+        else:
+            share = loss if part == 1 else loss * part
+            weighted.copy_(share.reshape(()) if share.dim() else share)
+        return both
 
     def total(self) -> Share:
         gradient, self._tally.grad = self._tally.grad, None
         assert gradient is not None
         # On the CPU the gradients are complete, so that reading one waits for nothing.
-        return Share(gradient.tolist()[0] if gradient.is_cpu else gradient[0].clone(), gradient[1].clone())
+        weight = gradient.tolist()[0] if gradient.is_cpu else torch.select_copy(gradient, 0, 0)
+        return Share(weight, torch.select_copy(gradient, 0, 1))
 
     def sync_buffers(self) -> None:
         broadcast(self._module.buffers())
