@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
-from support.command import Stagecast
+from support.command import COMMAND, Stagecast, environment
 from support.training import Net, train
 
 import events
@@ -63,7 +64,15 @@ def test_the_table_fits_the_terminal(
     assert ("config.lr" in head, "config.seed" in head) == (width >= 80, False)
     code, out, err = stagecast("runs", folder, "--columns", "name,command,best.train_loss,last.train_loss,host,folder")
     assert max(map(cells, out.splitlines())) <= width
-    assert ("no room" in err, code) == (width < 120, 0)
+    assert ("no room" in err, code) == (width < 80, 0)
+
+
+def test_a_shell_completes_columns(folder: Path, tmp_path: Path) -> None:
+    out, words = tmp_path / "completions", f"stagecast runs {folder} --columns name,best.tr"
+    shell = {"COMP_LINE": words, "COMP_POINT": str(len(words)), "_ARGCOMPLETE_STDOUT_FILENAME": str(out)}
+    done = subprocess.run(COMMAND, env=environment(_ARGCOMPLETE="1", **shell), timeout=50)
+    assert done.returncode == 0
+    assert out.read_text().split("\v") == ["name,best.train_loss", "name,best.train_epoch_loss"]
 
 
 def test_what_cannot_be_shown_is_explained(folder: Path, stagecast: Stagecast) -> None:

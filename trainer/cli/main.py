@@ -326,7 +326,9 @@ def _add_runs(commands: _Commands) -> None:
         " 'status == failed or not tags == baseline', 'note ~ \"warm.?up\"'.",
     )
     runs.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="default: runs")
-    runs.add_argument("--sort", default="", metavar="COLUMNS", help="one, or several with commas; default: the newest")
+    sort = runs.add_argument(
+        "--sort", default="", metavar="COLUMNS", help="with commas; -NAME sorts the greatest first"
+    )
     runs.add_argument("--reverse", action="store_true", help="print the last run first")
     runs.add_argument(
         "--filter",
@@ -336,10 +338,22 @@ def _add_runs(commands: _Commands) -> None:
         metavar="TEXT",
         help="a condition, or a regular expression on the name; may be repeated",
     )
-    runs.add_argument("--columns", default="", metavar="COLUMNS", help="with commas between them; 'help' lists all")
+    columns = runs.add_argument("--columns", default="", metavar="COLUMNS", help="with commas; 'help' lists all")
+    for action in (sort, columns):
+        action.completer = _complete_columns  # type: ignore[attr-defined]  # argcomplete's own
     form = runs.add_mutually_exclusive_group()
     form.add_argument("--json", dest="as_json", action="store_true", help="print a JSON array with all columns")
     form.add_argument("--csv", dest="as_csv", action="store_true", help="print CSV with all columns")
+
+
+def _complete_columns(prefix: str, parsed_args: argparse.Namespace, **rest: object) -> list[str]:
+    """Return the columns of the runs in the folder, behind those that were typed before the last comma."""
+    from events.table.columns import Columns
+    from events.table.table import RunTable
+
+    before = prefix[: prefix.rfind(",") + 1]
+    entries = RunTable(parsed_args.folder).look(first_s=1.0, per_run_s=0.1)
+    return [f"{before}{name}" for name in Columns(entries).names]
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
