@@ -6,16 +6,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, load_model
 from support.ranks import StartRanks
 from support.sharded_checkpoints import CASE, KINDS, Averaged, Even, Odd, begin, check_continued, checkpoints_in, go_on
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from events.checkpoint.files import read_manifest
 from events.messages import CheckpointFailed, CheckpointRejected, CheckpointSaved, CheckpointSkipped, RunResumed
+from trainer.checkpoint.sharded import StagecastReader
 from trainer.cli.main import main
 
 OF_TWO = """
@@ -154,6 +157,15 @@ def check_readers(folder: Path, weights: dict[str, torch.Tensor], capsys: pytest
     state = {f"module.{name}": torch.zeros_like(value) for name, value in weights.items() if name != "again.weight"}
     load(state, storage_reader=HuggingFaceStorageReader(str(last)), no_dist=True)
     check(state | {"module.again.weight": state["module.first.weight"]}, "module.")
+
+    manifest = read_manifest(last)
+    lacking = {name: entry for name, entry in manifest.files.items() if name != "rank-1.safetensors"}
+    with pytest.raises(CheckpointException, match=r"does not list rank-1\.safetensors"):
+        load(
+            {"module.odd": torch.zeros(3, 5, dtype=torch.float64)},
+            storage_reader=StagecastReader(last, msgspec.structs.replace(manifest, files=lacking)),
+            no_dist=True,
+        )
 
     run, out = str(folder / "again"), str(folder / "exported")
     assert main(["checkpoints", "verify", run]) == 0

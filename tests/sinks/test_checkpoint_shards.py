@@ -90,6 +90,10 @@ def test_a_failure_counts_more_than_a_busy_rank(folder: disk.Folder) -> None:
         (lambda note: msgspec.structs.replace(note, rank=2), "is not the note of rank 1"),
         (lambda note: msgspec.structs.replace(note, files={}), "is not the note of rank 1"),
         (
+            lambda note: msgspec.structs.replace(note, files=note.files | {"state.msgpack": disk.entry_of(b"")}),
+            "is not the note of rank 1",
+        ),
+        (
             lambda note: msgspec.structs.replace(note, files=note.files | {state_name(1): disk.entry_of(b"longer...")}),
             "has written 9 bytes of rank-1.msgpack, of which 7 are here",
         ),
