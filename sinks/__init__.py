@@ -14,6 +14,7 @@ __stagecast__ = True
 import events as _events  # it looks at `trainer`, too
 
 if TYPE_CHECKING:
+    from sinks.alerts.alert import Alert as Alert
     from sinks.console.console import Console as Console
     from sinks.files.csv import CSV as CSV
     from sinks.files.jsonl import JSONL as JSONL
@@ -30,6 +31,7 @@ __all__ = [
     "CSV",
     "JSONL",
     "NATS",
+    "Alert",
     "Console",
     "Live",
     "MLflow",
@@ -53,6 +55,7 @@ if not getattr(_events, "__stagecast__", False):
 
 
 _HOMES = {
+    "Alert": "sinks.alerts.alert",
     "CSV": "sinks.files.csv",
     "Console": "sinks.console.console",
     "JSONL": "sinks.files.jsonl",

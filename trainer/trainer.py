@@ -41,6 +41,7 @@ from trainer.run.checks import (
     check_folder,
     check_members,
     check_named,
+    check_sinks,
     check_upload,
     common_facts,
     members,
@@ -67,6 +68,7 @@ class Trainer:
             otherwise.
         sinks: Observers of the events. None: the console in `train` and `test`, nothing in `run`. Pair one with a
             `Delivery` to choose how events are delivered to it.
+        alerts: Sinks beside those, such as `sinks.Alert`; they leave the default console as it is.
         sinks_in: Where sinks run whose delivery has no ``runs_in``. ``"thread"``: each on a thread of this process.
             ``"process"``: all in one process of their own, the sink host, which reads the journal: what they compute
             never holds the loop's interpreter, and if the host dies, another continues. Their output is in
@@ -125,6 +127,7 @@ class Trainer:
         *,
         callbacks: Iterable[Callback] = (),
         sinks: Iterable[SinkLike] | None = None,
+        alerts: Iterable[SinkLike] = (),
         sinks_in: Place = "thread",
         journal: bool | Journal = True,
         run_id: str | None = None,
@@ -140,6 +143,7 @@ class Trainer:
         problems: list[str] = []
         self._callbacks = members("callbacks", callbacks, problems)
         self._sinks = None if sinks is None else members("sinks", sinks, problems)
+        self._alerts = members("alerts", alerts, problems)
         self._sinks_in: Place = sinks_in
         self._journal = Journal() if journal is True else None if journal is False else journal
         self._run_id = run_id
@@ -149,8 +153,11 @@ class Trainer:
         self._config = plain_config(config, problems)
         self._command_line: str | None = None
         check_checkpoints(checkpoints, resume, init_from, problems)
-        check_members(self.module, self.arguments, self._callbacks, self._sinks, problems)
-        check_deliveries(self._sinks, sinks_in, self._journal, problems)
+        check_members(self.module, self.arguments, self._callbacks, problems)
+        observers = {f"sinks[{number}]": one for number, one in enumerate(self._sinks or ())}
+        observers |= {f"alerts[{number}]": one for number, one in enumerate(self._alerts)}
+        check_sinks(observers, problems)
+        check_deliveries(observers, sinks_in, self._journal, problems)
         check_folder(self._journal, run_id, run_dir, problems)
         if not relocating.get():
             check_named(run_id, run_dir, resume, problems)
@@ -311,7 +318,7 @@ class Trainer:
     def _sinks_here(self, default: tuple[SinkLike, ...]) -> list[SinkLike]:
         """The sinks, as their ``bound`` method describes them on the thread that starts the run."""
         sinks: list[Any] = []
-        for one in default if self._sinks is None else self._sinks:
+        for one in (*(default if self._sinks is None else self._sinks), *self._alerts):
             sink, delivery = split(one)
             if callable(bound := getattr(sink, "bound", None)):
                 sink = bound()

@@ -14,7 +14,7 @@ import sinks
 from events.errors import SinkMisconfigured
 from events.messages import Event, TrainStepEnded
 from events.sink import RunInfo
-from sinks import CSV, JSONL, NATS, Console, Live, Memory, MLflow, OpenTelemetry, Prometheus, TensorBoard, WandB
+from sinks import CSV, JSONL, NATS, Alert, Console, Live, Memory, MLflow, OpenTelemetry, Prometheus, TensorBoard, WandB
 from sinks.testing import Story, check_sink, opened
 
 
@@ -32,6 +32,7 @@ def _scalars(folder: Path) -> object:
 
 
 CASES = {
+    "Alert": Case(Alert("true")),
     "Console": Case(Console()),
     "Memory": Case(Memory(capacity=50)),
     "CSV": Case(CSV(), lambda folder: (folder / "metrics.csv").read_bytes()),

@@ -24,6 +24,7 @@ def test_importing_sinks_loads_no_client(run_python: Any) -> None:
 def test_the_public_surface_is_what_it_says() -> None:
     """Names are added on purpose."""
     names = {
+        "Alert",
         "CSV",
         "Console",
         "JSONL",
@@ -40,5 +41,5 @@ def test_the_public_surface_is_what_it_says() -> None:
     assert names <= set(dir(sinks))
     for name in names:
         assert getattr(sinks, name).__module__.startswith("sinks.")
-    with pytest.raises(AttributeError, match="NATS, Console, Live, MLflow, Memory"):
+    with pytest.raises(AttributeError, match="NATS, Alert, Console, Live, MLflow, Memory"):
         sinks.Tensorboard  # noqa: B018

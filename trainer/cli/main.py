@@ -312,6 +312,15 @@ def _add_watch(commands: _Commands) -> None:
         metavar="URL",
         help="another site whose pages may use the server; may be repeated",
     )
+    watch.add_argument(
+        "--alert",
+        dest="alerts",
+        action="append",
+        default=[],
+        metavar="TARGET",
+        help="tell a person about runs that fail, are killed, stall, do not improve, fill the disk or end: desktop, the"
+        " address of a webhook, a command, or the fields of sinks.Alert as JSON; may be repeated",
+    )
     watch.add_argument("--no-token", action="store_true", help="allow every user of this machine to watch")
 
 

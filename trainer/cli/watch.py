@@ -7,17 +7,23 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from events.errors import ArgumentsError, RunFolderError
+import msgspec
+
+from events.errors import ArgumentsError, RunFolderError, SinkMisconfigured
 from events.sink import require
 from trainer.cli.text import echo
 
 
-def watch(folder: str, host: str, port: int, *, commands: bool, origins: list[str], no_token: bool) -> int:
+def watch(
+    folder: str, host: str, port: int, *, commands: bool, origins: list[str], no_token: bool, alerts: list[str]
+) -> int:
     """Serve until a signal arrives; returns the exit code.
 
     Args:
         folder: Or the address of a NATS server, with or without a run.
+        alerts: Targets of alerts about the runs, or the fields of `sinks.Alert` as JSON.
         no_token: Serve clients without a token; otherwise they need that of ``STAGECAST_TOKEN``, or a new one.
 
     Raises:
@@ -35,17 +41,40 @@ def watch(folder: str, host: str, port: int, *, commands: bool, origins: list[st
     from sinks.live.server import Server, bind
     from sinks.live.token import choose_token
 
+    told = [_alert(one) for one in alerts]
+
     token = choose_token(False if no_token else None, host)
     listening = bind(host, port)
     with contextlib.ExitStack() as stack:
         stack.callback(listening.close)
         shown, path = (folder, folder) if not is_nats else _mirror(folder, stack)
+        if told:
+            from sinks.alerts.folder import FolderAlerts
+
+            following = FolderAlerts(Path(path), told)
+            following.start()
+            stack.callback(following.stop)
         server = Server(RunsOfFolder(Path(path)), listening, host, token=token, commands=commands, origins=origins)
         who = "Anyone with this link" if token is not None else "Every user of this machine"
         may = "may watch, stop and pause the runs" if commands else "may watch the runs (--commands: and stop them)"
         echo(f"{shown} can be watched at {server.link}", f"{who} {may}. Ctrl-C stops the server, not the runs.")
         server.run()
     return 0
+
+
+def _alert(text: str) -> Any:
+    """Build an alert, and check its target."""
+    from sinks.registry import build_sink
+
+    fields: Any = {"to": text}
+    if text.lstrip().startswith("{"):
+        try:
+            fields = msgspec.json.decode(text, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise SinkMisconfigured(f"--alert {text!r:.80} is not JSON: {error}") from None
+    alert: Any = build_sink("alert", fields)
+    alert.check()
+    return alert
 
 
 def _mirror(url: str, stack: contextlib.ExitStack) -> tuple[str, str]:

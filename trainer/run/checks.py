@@ -41,7 +41,7 @@ def _instead(name: str, given: Any) -> str:
     """Return the likely correct argument for callbacks or sinks."""
     if isinstance(given, str):
         found = _by_name(name, given)
-        home = "sinks" if name == "sinks" else "trainer.callbacks"
+        home = "trainer.callbacks" if name == "callbacks" else "sinks"
         if found is not None:
             return f"write {name}=[{found}({_OPTIONS.get(found, '')})] (from {home} import {found})"
         return f"write {name}=[...] with objects, such as those of {home}"
@@ -64,15 +64,13 @@ _OPTIONS = {
 
 def _by_name(name: str, text: str) -> str | None:
     """Return our class for a name that other trainers accept: ``"tensorboard"``."""
-    package: Any = importlib.import_module("sinks" if name == "sinks" else "trainer.callbacks")
+    package: Any = importlib.import_module("trainer.callbacks" if name == "callbacks" else "sinks")
     plain = text.lower().replace("_", "").replace("-", "").replace(" ", "")
     plain = {"tb": "tensorboard", "wb": "wandb", "otel": "opentelemetry"}.get(plain, plain)
     return next((one for one in package.__all__ if one.lower() in (plain, plain.removesuffix("logger"))), None)
 
 
-def check_members(
-    module: Any, arguments: Any, callbacks: tuple[Any, ...], sinks: tuple[Any, ...] | None, problems: list[str]
-) -> None:
+def check_members(module: Any, arguments: Any, callbacks: tuple[Any, ...], problems: list[str]) -> None:
     """Check types, and the packages that they need."""
     if not isinstance(module, ModuleInterface):
         hint = f"; write {module.__name__}()" if isinstance(module, type) else ""
@@ -103,19 +101,23 @@ def check_members(
         )
     if isinstance(module, ModuleInterface):
         check_contract(module, sound, problems)
-    for number, sink in enumerate(sinks or ()):
+
+
+def check_sinks(sinks: Mapping[str, Any], problems: list[str]) -> None:
+    """Check sinks by their names in messages: their types, and the packages that they need."""
+    for name, sink in sinks.items():
         target, delivery = split(sink)
         if isinstance(target, Journal):
-            problems.append(f"sinks[{number}] is a Journal, of which a run has one: give it as journal=")
+            problems.append(f"{name} is a Journal, of which a run has one: give it as journal=")
         is_sink = callable(getattr(target, "open", None)) and not isinstance(target, type)
         if not is_sink or not isinstance(delivery, Delivery | None):
-            problem = f"sinks[{number}] must be a sink (an object with open(run)) or a pair of one and a Delivery, not"
+            problem = f"{name} must be a sink (an object with open(run)) or a pair of one and a Delivery, not"
             problems.append(f"{problem} {shown(sink)}{_hint('sinks', target)}")
         elif callable(check := getattr(target, "check", None)):
             try:
                 check()
             except SinkMisconfigured as error:
-                problems.append(f"sinks[{number}]: {error}")
+                problems.append(f"{name}: {error}")
 
 
 def _check_callback_delivery(name: str, delivery: Delivery | None, problems: list[str]) -> None:
@@ -139,16 +141,16 @@ def _hint(name: str, given: Any) -> str:
     return ""
 
 
-def check_deliveries(sinks: tuple[Any, ...] | None, sinks_in: Any, journal: Any, problems: list[str]) -> None:
-    """Check that sinks can run in their place, and that those which read the journal have one."""
+def check_deliveries(sinks: Mapping[str, Any], sinks_in: Any, journal: Any, problems: list[str]) -> None:
+    """Check by their names that sinks can run in their place, and that those which read the journal have one."""
     if sinks_in not in ("thread", "process"):
         problems.append(f"sinks_in must be 'thread' or 'process', not {shown(sinks_in)}")
-    for number, sink in enumerate(sinks or ()):
+    for place, sink in sinks.items():
         target, delivery = split(sink)
         delivery = delivery if isinstance(delivery, Delivery) else delivery_of(target)
         if not callable(getattr(target, "open", None)):
             continue
-        name = f"sinks[{number}] ({type(target).__name__})"
+        name = f"{place} ({type(target).__name__})"
         if (delivery.runs_in or sinks_in) != "process":
             unkept = sorted(kind.__name__ for kind in delivery.types or () if not kind.journalled)
             if delivery.overflow == "catch_up" and journal is None:
@@ -172,7 +174,7 @@ def check_deliveries(sinks: tuple[Any, ...] | None, sinks_in: Any, journal: Any,
         try:
             host.HostedSink.of("", target, delivery, 0)
         except SinkMisconfigured as error:
-            problems.append(f"sinks[{number}]: {error}")
+            problems.append(f"{place}: {error}")
 
 
 def check_folder(journal: Any, run_id: Any, run_dir: Any, problems: list[str]) -> None:

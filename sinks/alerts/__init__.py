@@ -1,0 +1,1 @@
+"""Alerts: a sink that tells a person what a run needs them for."""
