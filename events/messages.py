@@ -250,7 +250,11 @@ class TrainEpochEnded(Event, frozen=True, gc=False, tag=True):
 
 
 class MetricsLogged(Event, frozen=True, gc=False, tag=True):
-    """Numbers that user code logged with `ModuleInterface.log`."""
+    """Numbers that user code logged with `ModuleInterface.log`.
+
+    With several ranks, those of training are of rank 0's part of the batch; `RankReported` has means of all ranks.
+    Those of evaluations, and values of metric objects, are of all ranks.
+    """
 
     metrics: dict[str, float]
     # In the order of logging. Values may be deferred, like fields (`Event.deferred`).
@@ -688,6 +692,9 @@ class RankReported(Event, frozen=True, gc=False, tag=True):
     """Resident memory of its process; None where the system does not show it."""
     device_memory_bytes: Count | None
     """Memory that its process has reserved on its device; None on the CPU."""
+    metrics: dict[str, float] = {}
+    """Means of the finite numbers that its own module and callbacks logged in training since the report before. Those
+    of `MetricsLogged` are rank 0's. The first 64 names."""
 
 
 # ------------------------------------------------------------------------------------------------ commands

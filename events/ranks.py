@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import msgspec
@@ -10,6 +11,8 @@ from events.bounds import MAX_LINE_CHARS, MAX_NAME_CHARS, BoundName, BoundText, 
 from events.messages import RankReported
 
 MAX_RANKS = 4_096
+MAX_METRICS = 64
+"""Maximum metrics per rank."""
 _MARGIN = 0.2
 """Minimum part of the time of a step by which a slow rank comes later than most..."""
 _IN_A_ROW = 2
@@ -31,6 +34,8 @@ class RankState(msgspec.Struct):
     """Mean seconds per step of waiting for data."""
     memory_bytes: Int64 | None = None
     device_memory_bytes: Int64 | None = None
+    metrics: dict[BoundName, float] = {}
+    """Means of the numbers that it has logged in training lately."""
     is_slow: bool = False
     """Whether it holds up the others."""
     reports: Int64 = 0
@@ -68,6 +73,8 @@ class RankTable:
         one.step_s, one.before_exchange_s = e.step_s, e.before_exchange_s
         one.data_s = e.ledger.data_s / e.steps if e.steps else None
         one.memory_bytes, one.device_memory_bytes = e.memory_bytes, e.device_memory_bytes
+        numbers = itertools.islice(e.metrics.items(), MAX_METRICS)
+        one.metrics = {name[:MAX_NAME_CHARS]: value for name, value in numbers}
         self._round.append(one)
         if e.reported_rank == min(e.ranks, MAX_RANKS) - 1:
             self._compare()

@@ -204,7 +204,7 @@ class CallbackInterface(ABC):
 
         Does nothing outside of a run. Call it from a step or a hook, on any thread. It waits neither for the device
         nor for an observer: a tensor is read later, with the value that it has now. Under `torch.compile` it runs
-        outside of the compiled graph.
+        outside of the compiled graph. With several ranks, a number of `train_step` is of rank 0's part of the batch.
 
         A metric object has ``update``, ``compute`` and ``reset``, as those of torchmetrics have. Update it in the step
         and log it there: ``compute`` runs on the loop's thread, where it may wait for the device, after the last batch

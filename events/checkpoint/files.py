@@ -117,11 +117,12 @@ def map_file(folder: Path, name: str) -> memoryview:
         raise CheckpointDamaged(f"{folder / name} cannot be read: {error}") from error
 
 
-def read_weights(path: Path, *, follow: bool) -> memoryview:
+def read_weights(path: Path, *, follow: bool, maps: bool = False) -> memoryview:
     """Read a safetensors file into writable memory.
 
     Args:
         follow: Whether the file may be a link.
+        maps: Map the file instead, whose parts are read when they are used; changes stay in memory.
 
     Raises:
         CheckpointDamaged: The file is not a regular one, larger than the memory, or truncated during the read.
@@ -135,6 +136,8 @@ def read_weights(path: Path, *, follow: bool) -> memoryview:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointDamaged(f"{path} is not a regular file")
+        if maps and found.st_size:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         memory = memory_for(path, found.st_size)
         if _fill(memory, file) < len(memory):
             raise CheckpointDamaged(f"{path} was truncated while it was read")

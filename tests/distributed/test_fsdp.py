@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.ranks import StartRanks
-from support.sharded import SHARDED, Infinite, Masked, observed
+from support.sharded import SHARDED, Bare, Infinite, Masked, observed
 from support.shared_runs import Case, Classifier, check_same, train
 from support.training import read_journal
 
@@ -152,3 +153,61 @@ def test_averages_statistics_and_skips_are_those_of_the_whole_model(ranks: Start
             assert mistakes[name][0] in (kind, "PeerFailed"), mistakes
             assert says in mistakes[name][1]
         assert "is divided among ranks; set strategy='fsdp'" in mistakes["other"][1]
+
+
+LOADED = """
+import os, torch
+from pathlib import Path
+from support.sharded import Bare
+from support.shared_runs import Case, found, train
+from trainer import Trainer
+from trainer.distributed import Fsdp
+
+rank, case = int(os.environ["RANK"]), Case(rows=32, clips=True)
+made = Bare.without_data(case)
+with made.most:
+    arguments = case.arguments(strategy="fsdp", val_interval_epochs=0)
+    start = "start.safetensors"
+    trainer = Trainer(made, arguments, init_from=start, checkpoints=False, sinks=[], run_dir="meta")
+    results = {"meta": found(made, trainer.train())}
+results["elements"] = made.elements
+linears = 0
+
+def backend(graph, inputs):
+    global linears
+    graphs = [one for one in graph.modules() if isinstance(one, torch.fx.GraphModule)]
+    linears += sum("linear" in str(node.target) for one in graphs for node in one.graph.nodes)
+    return graph
+
+for name, strategy in {
+    "ddp": "ddp",
+    "fsdp": "fsdp",
+    "recomputed": Fsdp(activation_checkpointing=True),
+}.items():
+    torch._dynamo.reset()
+    linears, module = 0, Bare(case)
+    torch.nn.Module.load_state_dict(module, torch.load("start.pt"))
+    more = {"val_interval_epochs": 0, "compile": True, "compile_options": {"backend": backend}}
+    results[name] = train(module, Path(name), strategy=strategy, **more)
+    results[f"{name} compiles"] = linears
+torch.save(results, f"loaded-{rank}.pt")
+"""
+
+
+@pytest.mark.timeout(150)
+def test_loaded_and_compiled_modules_train_what_one_process_trains(ranks: StartRanks, tmp_path: Path) -> None:
+    """Weights are read into the parts of a module on the meta device; no rank has a whole one."""
+    alone = Bare(Case(rows=32, clips=True))
+    torch.save(alone.state_dict(), tmp_path / "start.pt")
+    save_file(alone.state_dict(), tmp_path / "start.safetensors")
+    started = ranks(LOADED)
+    trained = train(alone, tmp_path / "alone", strategy="single", val_interval_epochs=0)
+    started.end().check()
+    largest = max(one.numel() for one in alone.parameters())
+    for rank in (0, 1):
+        results = torch.load(tmp_path / f"loaded-{rank}.pt", weights_only=False)
+        assert 0 < results["elements"] <= largest // 2
+        for name in ("meta", "ddp", "fsdp", "recomputed"):
+            check_same(trained, results[name], (rank, name))
+        # The two blocks share a graph under FSDP, where each is compiled by itself.
+        assert [results[f"{name} compiles"] for name in ("ddp", "fsdp", "recomputed")] == [4, 3, 3]

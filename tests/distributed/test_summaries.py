@@ -23,7 +23,13 @@ def fault(stage, step):
     if stage == "train" and RANK == 1:
         time.sleep(0.02)
 
-module = Small(fault)
+class Logging(Small):
+    def train_step(self, *args):
+        self.log("rank", RANK)
+        self.log("step", 1.0 if args[0] % 2 else float("nan"))
+        return super().train_step(*args)
+
+module = Logging(fault)
 run = trainer(
     module, sinks=[Console()], run_dir="run", arguments={"epochs": 10_000, "max_time_s": 7}
 )
@@ -49,6 +55,7 @@ def test_a_rank_that_holds_up_the_others_is_reported_and_named(ranks: StartRanks
         assert one.memory_bytes is not None
         assert one.memory_bytes > 2**20
         assert one.device_memory_bytes is None
+        assert one.metrics == {"rank": one.reported_rank, "step": 1.0}  # each its own, without NaN
     slow, fast = newest[1], newest[0]
     assert slow.before_exchange_s is not None
     assert fast.before_exchange_s is not None

@@ -229,6 +229,7 @@ class FakeRun:
         for rank, before_s in enumerate((0.021, 0.020, 0.093, 0.022)):
             row = {"rank": rank, "host": f"node-{rank // 2}", "phase": "backward", "step_s": 0.12, "data_s": 0.002}
             row |= {"before_exchange_s": before_s, "is_slow": rank == 2, "memory_bytes": 3 * 2**30}
+            row |= {"metrics": {"accuracy": 0.5 + 0.1 * rank}}
             self.ranks.append(row | {"device_memory_bytes": 61 * 2**30})
         for at in range(3):
             self.media.append(

@@ -626,6 +626,7 @@ def test_the_page_fills_while_frames_come(show: Show) -> None:
         ("#ledger-table", "compute"),
         ("#observers", "ConnectionError"),
         ("#ranks tr:has-text('node-1'):has-text('93 ms')", "▲holds up the others"),
+        ("#ranks-metrics", "show rank 0's part of each batch. Means over all ranks lately: accuracy 0.65"),
     ):
         expect(page.locator(part)).to_contain_text(text)
     expect(page.locator("#system h3").get_by_text("GPU use")).to_be_visible()

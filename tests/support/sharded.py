@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from support.shared_runs import CASES, Case, Classifier
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import Trainer
 from trainer.callbacks import EMA, ModelStatistics
-from trainer.distributed.local import whole
+from trainer.distributed.local import local, whole
 
 SHARDED = [*(CASES[number] for number in (0, 1, 2, 5, 6, 8, 9, 10)), Case(rows=60, weighs=True, clips=True, micro=2)]
 """`train_step` returns a loss for each batch, or applies losses to each; by its weight, some count nothing."""
@@ -58,8 +59,57 @@ class Stacked(Classifier):
     def losses(self, batch: Any) -> torch.Tensor:
         x = batch[0]
         for block in self.blocks:
-            x = x + block(x.to(torch.float32)).to(x.dtype)
+            x = x + block(x.to(block.weight.dtype)).to(x.dtype)
         return super().losses([x, *batch[1:]])
+
+
+class Bare(Stacked):
+    """Has a parameter that no ``reset_parameters`` initialises. In float64.
+
+    Attributes:
+        elements: How many the largest tensor has that is made until it is asked for data.
+    """
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.scale = nn.Parameter(torch.ones(12))
+        self.double()
+        self.most, self.elements = Most(), 0
+
+    def losses(self, batch: Any) -> torch.Tensor:
+        return super().losses([batch[0] * self.scale, *batch[1:]])
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return self.losses(batch).mean(), batch[2]
+
+    def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+        self.elements = self.elements or self.most.elements  # before the first epoch
+        return super().get_train_dataloader(sampler, batch_size)
+
+    @classmethod
+    def without_data(cls, case: Case) -> Bare:
+        """Construct it on the meta device, but for its data."""
+        with torch.device("meta"):
+            module = cls(case)
+        whole = Classifier(case)
+        module.x, module.y = whole.x, whole.y
+        return module
+
+
+class Most(TorchDispatchMode):
+    """Notes how many elements the largest new tensor on the CPU has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        makes = isinstance(result, torch.Tensor) and func._schema.name.startswith(MAKES)
+        if makes and result.device.type == "cpu" and result.is_floating_point():
+            self.elements = max(self.elements, local(result).numel())
+        return result
+
+
+MAKES = ("aten::empty", "aten::new_", "aten::clone", "aten::_to_copy", "aten::zeros", "aten::ones")
 
 
 def observed(module: Classifier, folder: Path, **more: Any) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from events.log import logger
 from events.masking import masked
 from events.safe_files import UnsafeFile
 from trainer.checkpoint.fetch import KEYWORDS, no_name
-from trainer.checkpoint.fit import takes_state_by_default
+from trainer.checkpoint.fit import own_loading_prefixes, takes_state_by_default
 from trainer.checkpoint.init_from import InitFrom
 from trainer.checkpoint.loaded import Loaded
 from trainer.checkpoint.warm_start import file_of_weights, flattened, read_state, take
+from trainer.distributed.local import is_split
 from trainer.module_interface import ModuleInterface
 
 OnRejected = Callable[[str, Exception], None]
@@ -131,6 +132,12 @@ class CheckpointPlan:
             f" of one, or train with Checkpoints(best=...)"
         )
 
+    def replaces_all(self, module: ModuleInterface) -> bool:
+        """Whether every entry of the module's state dict is certain to be read, so that no initial value counts."""
+        init = self._init_from
+        is_certain = self._resume not in (None, "auto") or (init is not None and init.strict)
+        return is_certain and takes_state_by_default(module) and not own_loading_prefixes(module)
+
     def load_weights(self, module: ModuleInterface, agree: Callable[[Search], Loaded | None] = read_alone) -> bool:
         """Load the weights of ``init_from``; return False without ``init_from``. Waits for the disk.
 
@@ -146,7 +153,8 @@ class CheckpointPlan:
             return False
         named = Path(init.path)
         if (file := file_of_weights(named)) is not None:
-            take(module, read_state(file, named), init, str(file))
+            # A rank of several reads its part only.
+            take(module, read_state(file, named, maps=any(map(is_split, module.parameters()))), init, str(file))
             return True
 
         def warn(name: str, error: Exception) -> None:

@@ -55,11 +55,12 @@ def file_of_weights(place: Path) -> Path | None:
     return next((place / name for name in names if (place / name).is_file()), None)
 
 
-def read_state(file: Path, named: Path) -> dict[str, torch.Tensor]:
+def read_state(file: Path, named: Path, *, maps: bool = False) -> dict[str, torch.Tensor]:
     """Read a state dict from a safetensors file, or from the files of an index. Waits for the disk.
 
     Args:
         named: The path that the user gave.
+        maps: Whether to map the files, and thereby read only what is used of them.
 
     Raises:
         CheckpointError: A file is missing, damaged, or has another format.
@@ -68,8 +69,8 @@ def read_state(file: Path, named: Path) -> dict[str, torch.Tensor]:
         if not file.name.endswith(_INDEX):
             # A cache of Hugging Face consists of links. Those of a run folder may be a stranger's.
             follow = file == named or file.name != WEIGHTS_NAME
-            return tensors_in(read_weights(file, follow=follow), str(file))
-        return _read_parts(file)
+            return tensors_in(read_weights(file, follow=follow, maps=maps), str(file))
+        return _read_parts(file, maps)
     except OSError as error:
         raise CheckpointError(f"init_from={masked(str(file))!r} cannot be read: {masked(str(error))}") from error
     except CheckpointDamaged as error:
@@ -80,7 +81,7 @@ def read_state(file: Path, named: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _read_parts(index: Path) -> dict[str, torch.Tensor]:
+def _read_parts(index: Path, maps: bool) -> dict[str, torch.Tensor]:
     with index.open("rb") as file:
         data = file.read(_INDEX_BYTES)
     try:
@@ -91,7 +92,7 @@ def _read_parts(index: Path) -> dict[str, torch.Tensor]:
     for name in dict.fromkeys(files.values()):
         if Path(name).name != name:
             raise CheckpointDamaged(f"{index} lists {name!r:.200}, which is not a file in its folder")
-        found |= tensors_in(read_weights(index.parent / name, follow=True), str(index.parent / name))
+        found |= tensors_in(read_weights(index.parent / name, follow=True, maps=maps), str(index.parent / name))
     if missing := files.keys() - found:
         raise CheckpointDamaged(f"the files of {index} lack {', '.join(first_of(sorted(missing)))}")
     return found

@@ -61,6 +61,7 @@ class RankSummary(msgspec.Struct, frozen=True, array_like=True):
     ledger: StallLedger
     memory_bytes: int | None
     device_memory_bytes: int | None
+    metrics: dict[str, float] = {}
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True):

@@ -100,11 +100,14 @@ class ManualStrategy(Strategy, Protocol):
 
 
 def prepare(
-    module: ModuleInterface, world: World, arguments: TrainerArguments, device: torch.device
+    module: ModuleInterface, world: World, arguments: TrainerArguments, device: torch.device, *, loads: bool
 ) -> AutomaticStrategy | ManualStrategy | None:
     """Wrap a module for the ranks of a run; afterwards all of them have rank 0's weights. None in a single process.
 
     WAIT: for all ranks.
+
+    Args:
+        loads: Whether all entries of its state dict are read next, so that no initial value counts.
 
     Raises:
         ArgumentsError: The options do not fit the module or its device.
@@ -116,7 +119,7 @@ def prepare(
     if isinstance(options, Fsdp):
         fsdp: Any = importlib.import_module("trainer.distributed.fsdp")
         made = (fsdp.ManualFsdp if module.manual_optimization else fsdp.FsdpStrategy)(
-            module, options, world, arguments, device
+            module, options, world, arguments, device, loads=loads
         )
     else:
         ddp: Any = importlib.import_module("trainer.distributed.ddp")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from events.messages import RankReported, StallLedger
 from events.origin import Origin
+from events.ranks import MAX_METRICS
 from trainer.distributed.exchange import ExchangeClock
 from trainer.distributed.failure import Peers, RankSummary
 from trainer.distributed.store_link import beat_s
+from trainer.hooks.readback import DeviceReadback
 from trainer.loop.ledger import Ledger, difference
 
 _FIRST_S = 2.0
@@ -32,6 +35,30 @@ def report_s(world_size: int) -> float:
     return max(_EVERY_S, world_size / _PER_S)
 
 
+class LoggedNumbers:
+    """The means of the numbers that this rank has logged in training. On one thread."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+        self._names: set[str] = set()
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Add the numbers of a step."""
+        for name, value in metrics.items():
+            if name not in self._names:
+                if len(self._names) == MAX_METRICS:
+                    continue  # see `RankReported.metrics`
+                self._names.add(name)
+            if math.isfinite(value):
+                total, count = self._sums.get(name, (0.0, 0))
+                self._sums[name] = total + value, count + 1
+
+    def take(self) -> dict[str, float]:
+        """Return the means since the last call."""
+        sums, self._sums = self._sums, {}
+        return {name: total / count for name, (total, count) in sums.items()}
+
+
 class RankReports:
     """Summarises this rank every few seconds, and on rank 0 the summaries of all become events. On one thread.
 
@@ -39,7 +66,14 @@ class RankReports:
         newest: The summary to send to rank 0.
     """
 
-    def __init__(self, ledger: Ledger, exchange: ExchangeClock, device: torch.device, world_size: int) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        exchange: ExchangeClock,
+        readback: DeviceReadback,
+        device: torch.device,
+        world_size: int,
+    ) -> None:
         self.newest: RankSummary | None = None
         self._ledger, self._exchange, self._device = ledger, exchange, device
         self._world_size = world_size
@@ -48,6 +82,8 @@ class RankReports:
         self._before = StallLedger(), (0, 0, 0)
         self._published: dict[int, int] = {}  # the number of the newest report, by rank
         self._round: Iterator[RankReported] = iter(())
+        self._numbers = LoggedNumbers()
+        readback.on_metrics = self._numbers.add
 
     def look(self) -> None:
         """Make a summary if one is due."""
@@ -64,6 +100,7 @@ class RankReports:
             ledger=spent,
             memory_bytes=_resident_bytes(),
             device_memory_bytes=torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else None,
+            metrics=self._numbers.take(),
         )
 
     def events(self, peers: Peers, origin: Origin) -> list[RankReported]:
@@ -92,6 +129,7 @@ class RankReports:
                 ledger=one.ledger,
                 memory_bytes=one.memory_bytes,
                 device_memory_bytes=one.device_memory_bytes,
+                metrics=one.metrics,
             )
 
 

@@ -61,6 +61,8 @@ class DeviceReadback:
         """Last value of each metric, ``train_loss``, ``train_epoch_loss`` and ``val_loss``."""
         self.compute_stream: torch.cuda.Stream | None = None
         """The loop's CUDA stream; set on its thread. None: the default stream."""
+        self.on_metrics: Callable[[Mapping[str, float]], None] | None = None
+        """Called with the numbers that user code has logged in training, if it is set."""
         self._on_loss = on_loss
         self._on_gradient = on_gradient
         self._consecutive = 0
@@ -204,6 +206,8 @@ class DeviceReadback:
             if self._loss_weight and self._steps == event.steps:
                 force_setattr(event, "loss", self._loss_sum / self._loss_weight)
             self._loss_sum, self._loss_weight, self._steps = 0.0, 0.0, 0
+        if self.on_metrics is not None and isinstance(event, MetricsLogged) and event.stage == "train":
+            self.on_metrics(event.metrics)
         self.summary.update(result_metrics(event))
 
 

@@ -40,7 +40,9 @@ class RankSession:
         self.lost: PeerFailed | None = None
         self._attempt, self._loop, self._run_dir = attempt, loop, run_dir
         world, origin, arguments = attempt.world, attempt.origin, attempt.arguments
-        self._reports = reports = RankReports(attempt.ledger, attempt.exchange, attempt.device, world.size)
+        self._reports = reports = RankReports(
+            attempt.ledger, attempt.exchange, attempt.readback, attempt.device, world.size
+        )
         self._agent = Agent(
             world.prefixed(f"agreement/{origin.run_id}/{origin.attempt}"),
             world.rank,

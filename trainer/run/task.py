@@ -93,7 +93,10 @@ class Task:
         if not world.is_distributed:
             return
         attempt.phase = "distributing the module"
-        attempt.strategy = world.together(lambda: prepare(attempt.module, world, attempt.arguments, attempt.device))
+        loads = attempt.plan.replaces_all(attempt.module)
+        attempt.strategy = world.together(
+            lambda: prepare(attempt.module, world, attempt.arguments, attempt.device, loads=loads)
+        )
         seed = attempt.arguments.seed
         seed = world.share(torch.initial_seed() if seed is None else seed)
         if not world.leads:

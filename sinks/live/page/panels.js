@@ -99,6 +99,19 @@ export function fillRanks(store) {
     markOf(one),
   ]);
   byId("ranks").replaceChildren(table("Ranks", heads, rows, { hideCaption: true }));
+  setText(byId("ranks-metrics"), sentenceOfMetrics(all));
+}
+
+/** What the ranks have logged in training; the curves are of rank 0. */
+function sentenceOfMetrics(ranks) {
+  const values = new Map();
+  for (const one of ranks)
+    for (const [name, value] of Object.entries(one.metrics ?? {}))
+      if (Number.isFinite(value)) values.set(name, [...(values.get(name) ?? []), value]);
+  if (!values.size) return "";
+  const mean = (all) => all.reduce((sum, value) => sum + value, 0) / all.length;
+  const shown = [...values].map(([name, all]) => `${name} ${number(mean(all))}`);
+  return `Curves of numbers logged in training steps show rank 0's part of each batch. Means over all ranks lately: ${shown.join(", ")}`;
 }
 
 // ---------------------------------------------------------------------------------------------------- problems
