@@ -68,7 +68,7 @@ def receiver() -> Iterator[Receiver]:
 
 def run(net: Net, folder: Path, *alerts: Any, **arguments: Any) -> Any:
     """Train; the default console stays as it is beside the alerts."""
-    options = {"train_batch_size": 8, "device": "cpu", "epochs": 1} | arguments
+    options = {"train_batch_size": 8, "device": "cpu", "epochs": 1, "drain_timeout_s": 50} | arguments
     return Trainer(net, TrainerArguments(**options), alerts=alerts, run_dir=folder / "demo", run_id="demo").train()
 
 
@@ -145,7 +145,7 @@ def test_a_run_that_is_paused_or_over_is_not_stalled() -> None:
 def test_a_message_that_cannot_be_sent_is_sent_again_and_once(receiver: Receiver, tmp_path: Path) -> None:
     receiver.refuse, memory = 2, Memory()
     quick = Delivery(backoff_s=0.01, types=Alert.delivery.types)
-    arguments = TrainerArguments(train_batch_size=8, device="cpu", epochs=1)
+    arguments = TrainerArguments(train_batch_size=8, device="cpu", epochs=1, drain_timeout_s=50)
     Trainer(Net(), arguments, sinks=[memory], alerts=[(Alert(receiver.url), quick)], run_dir=tmp_path / "demo").train()
     assert [kind for kind, _ in receiver.all()] == ["finished"]
     failures = memory.of(ObserverFailed)
@@ -196,10 +196,13 @@ def test_watch_tells_that_a_run_was_killed_and_nothing_that_was_before(
     receiver: Receiver, tmp_path: Path, script: Start
 ) -> None:
     program = script(
+        "import pathlib, time\n"
         "from support.training import Net\n"
         "from trainer import Trainer, TrainerArguments\n"
         "def act(step):\n"
         "    if step == 3:\n"
+        "        while b'NonFiniteLoss' not in b''.join(p.read_bytes() for p in pathlib.Path('runs').glob('*/journal/*')):\n"
+        "            time.sleep(0.01)  # another thread writes it\n"
         "        print('stands', flush=True)\n"
         "        input()\n"
         "net = Net(act=act, scales={1: float('nan')}, rows=40)\n"
