@@ -16,10 +16,16 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import subprocess
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 from support import nursery
+
+if TYPE_CHECKING:
+    from support.nats_server import NatsServer, StartNats
 
 # The suite tries few inputs each time; `-m fuzz --hypothesis-profile=fuzz` tries many.
 settings.register_profile("fuzz", max_examples=5_000, deadline=None)
@@ -60,3 +66,39 @@ def warm_starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if not FULL and request.node.get_closest_marker("cold_start") is None:
         nursery.start()
         monkeypatch.setattr(subprocess, "Popen", nursery.Popen)
+
+
+@pytest.fixture(scope="module")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """A NATS server for tests that do nothing to it."""
+    from support.nats_server import NatsServer  # needs nats
+
+    one = NatsServer(tmp_path_factory.mktemp("nats")).start()
+    yield one
+    one.kill()
+
+
+@pytest.fixture
+def start_nats(tmp_path: Path) -> Iterator[StartNats]:
+    """Start a NATS server of the test's own."""
+    from support.nats_server import NatsServer
+
+    started: list[NatsServer] = []
+
+    def start(config: str = "", **options: Any) -> NatsServer:
+        started.append(NatsServer(tmp_path / f"nats{len(started)}", config, **options))
+        return started[-1].start()
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+@pytest.fixture
+def no_nats_client_is_left(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """The clients of a test leave no thread, and print nothing."""
+    from support.threads import trainer_threads, wait_until
+
+    yield
+    wait_until(lambda: "stagecast-nats" not in trainer_threads(), "the thread of a client has not ended")
+    assert "nats:" not in capfd.readouterr().err

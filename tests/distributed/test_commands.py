@@ -5,23 +5,20 @@ from __future__ import annotations
 import ast
 import signal
 import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
+from support.journal_waits import JournalWaiter
 from support.rank_runs import found_by
 from support.ranks import StartRanks
 from support.scripts import ROOT
 from support.training import read_journal
 
-from events.messages import CheckpointSaved, CheckpointStaged, CommandTaken, Event, RunEnded, TrainStepEnded
+from events.messages import CheckpointSaved, CheckpointStaged, CommandTaken, RunEnded, TrainStepEnded
 from events.protocol import Checkpoint, Pause, Resume
 from events.run.inbox import commands_of
 
 pytestmark = pytest.mark.timeout(150)  # they share two cores with the tests beside
-EventT = TypeVar("EventT", bound=Event)
 
 ENDS = """
 import time, torch
@@ -121,16 +118,7 @@ except RunTerminated as stopped:
 def test_commands_and_sigterm_are_taken_by_all_ranks_at_the_same_step(ranks: StartRanks, tmp_path: Path) -> None:
     """Those from the run folder, which rank 0 holds, and a signal that each of them gets."""
     started, folder = ranks(SERVES), tmp_path / "run"
-
-    def wait_for(kind: type[EventT], test: Callable[[EventT], bool]) -> EventT:
-        deadline = time.monotonic() + 100
-        while time.monotonic() < deadline:
-            for event in read_journal(folder) if (folder / "journal").is_dir() else ():
-                if isinstance(event, kind) and test(event):
-                    return event
-            time.sleep(0.05)
-        raise AssertionError(f"no {kind.__name__}: {started.close()}")
-
+    wait_for = JournalWaiter(folder, lambda: started.process.poll() is not None).wait_for
     wait_for(TrainStepEnded, lambda event: event.global_step >= 50)
     commands = commands_of(folder)
     commands.send(Pause(id="a"))

@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from support.journal_waits import JournalWaiter
 from support.scripts import ROOT
 from support.training import read_journal
 from torch.distributed.run import get_args_parser
@@ -115,15 +115,15 @@ def test_the_slurm_job_survives_a_killed_rank_and_the_end_of_its_time(
         return read_journal(folder) if (folder / "journal").is_dir() else []
 
     def wait_for_step(attempt: int, step: int) -> None:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and job.poll() is None:
-            for event in events():
-                if isinstance(event, TrainStepEnded) and (event.attempt, event.global_step) >= (attempt, step):
-                    return
-            time.sleep(0.1)
-        raise AssertionError((tmp_path / "log").read_text()[-5000:])
+        try:
+            waiting.wait_for(
+                TrainStepEnded, lambda event: (event.attempt, event.global_step) >= (attempt, step), timeout_s=90
+            )
+        except AssertionError:
+            raise AssertionError((tmp_path / "log").read_text()[-5000:]) from None
 
     job = submit("epochs=100000")
+    waiting = JournalWaiter(folder, lambda: job.poll() is not None)
     wait_for_step(1, 150)
     processes_of("RANK")["1"].kill()
     wait_for_step(2, 0)

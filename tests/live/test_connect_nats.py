@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ import anyio
 import msgspec
 import pytest
 from live.kit import Story
-from support.nats_server import NatsServer
-from support.threads import trainer_threads, wait_until
+from support.nats_server import NatsServer, StartNats
 from support.training import Net, make_trainer, read_journal
 
 from events.errors import CheckpointError, RunCancelled
@@ -28,29 +27,8 @@ from trainer import Checkpoints, Trainer, connect
 from trainer.errors import CommandRefused, ConnectedRunFailed, ConnectedRunLost, ConnectError, ConnectionLost
 
 pytest.importorskip("nats")
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_nats_client_is_left")]
 MANY = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
-    one = NatsServer(tmp_path_factory.mktemp("nats")).start()
-    yield one
-    one.kill()
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Iterator[NatsServer]:
-    """A server of the test's own, which it may kill."""
-    one = NatsServer(tmp_path / "nats").start()
-    yield one
-    one.kill()
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
-    yield
-    wait_until(lambda: "stagecast-nats" not in trainer_threads(), "the thread of a client has not ended")
 
 
 class Slow(Net):
@@ -82,9 +60,9 @@ async def soon(what: Awaitable[Any]) -> Any:
         return await what
 
 
-async def published(server: NatsServer, run_id: str) -> None:
+async def published(nats_server: NatsServer, run_id: str) -> None:
     with anyio.fail_after(20):
-        while not await anyio.to_thread.run_sync(server.stored, run_id):  # noqa: ASYNC110  # no one reports it
+        while not await anyio.to_thread.run_sync(nats_server.stored, run_id):  # noqa: ASYNC110  # no one reports it
             await anyio.sleep(0.02)
 
 
@@ -95,14 +73,14 @@ async def enter(connection: Any) -> None:
 
 @pytest.mark.both_event_loops
 async def test_events_commands_and_result_are_those_of_the_run(
-    server: NatsServer, tmp_path: Path, anyio_backend: str
+    nats_server: NatsServer, tmp_path: Path, anyio_backend: str
 ) -> None:
     """Pause, resume, checkpoint and stop, each taken by the loop; the events are the journal's."""
     name = f"steered.{anyio_backend}"
-    there = trainer(tmp_path, server.url, name, checkpoints=Checkpoints(every_steps=None))
+    there = trainer(tmp_path, nats_server.url, name, checkpoints=Checkpoints(every_steps=None))
     async with there.run() as run:
-        await published(server, name)
-        async with connect(f"{server.url}/{name}") as remote:
+        await published(nats_server, name)
+        async with connect(f"{nats_server.url}/{name}") as remote:
             assert remote.run_id == name
             seen: list[Event] = []
             taken = remote.events(types=[CommandTaken])
@@ -126,13 +104,13 @@ async def test_events_commands_and_result_are_those_of_the_run(
     assert seen == kept[: len(seen)]
     assert any(isinstance(event, RunEnded) for event in seen)
     assert stream.cursor == seen[-1].seq
-    async with connect(f"{server.url}/{name}") as remote:  # long after
+    async with connect(f"{nats_server.url}/{name}") as remote:  # long after
         assert await soon(remote.result()) == result
         again = [event async for event in remote.events(since=seen[9].seq)]
         assert again == seen[10:]
 
 
-async def test_how_a_run_ended_is_raised(server: NatsServer, tmp_path: Path) -> None:
+async def test_how_a_run_ended_is_raised(nats_server: NatsServer, tmp_path: Path) -> None:
     """As over HTTP: a failure with its text, a cancellation, and a process that died."""
 
     def fail(step: int) -> None:
@@ -140,7 +118,7 @@ async def test_how_a_run_ended_is_raised(server: NatsServer, tmp_path: Path) -> 
             raise ValueError("in a step")
 
     async with connect_when(
-        server, "failing", trainer(tmp_path, server.url, "failing", Net(act=fail), epochs=3)
+        nats_server, "failing", trainer(tmp_path, nats_server.url, "failing", Net(act=fail), epochs=3)
     ) as run:
         with pytest.raises(
             ConnectedRunFailed, match=r"run failing failed after global_step 2: ValueError: in a step"
@@ -149,22 +127,23 @@ async def test_how_a_run_ended_is_raised(server: NatsServer, tmp_path: Path) -> 
     assert caught.value.result is not None
     story = Story("cancelled")
     await publish(
-        server.url, [story.started(), *story.steps(2), story(RunEnded, status="cancelled", reason="by its service")]
+        nats_server.url,
+        [story.started(), *story.steps(2), story(RunEnded, status="cancelled", reason="by its service")],
     )
-    async with connect(server.url, run_id="cancelled") as run:
+    async with connect(nats_server.url, run_id="cancelled") as run:
         with pytest.raises(RunCancelled, match="by its service"):
             await soon(run.result())
         with pytest.raises(CheckpointError, match="ended before"):
             await soon(run.checkpoint())
     story = Story("dead")
-    await publish(server.url, [story.started(), *story.steps(2)])
-    async with connect(server.url, run_id="dead") as run:
+    await publish(nats_server.url, [story.started(), *story.steps(2)])
+    async with connect(nats_server.url, run_id="dead") as run:
         assert len([event async for event in run.events(since=0)]) == 3
         with pytest.raises(ConnectedRunLost, match="run dead is lost"):
             await soon(run.result())
 
 
-def connect_when(server: NatsServer, run_id: str, ready: Trainer) -> Any:
+def connect_when(nats_server: NatsServer, run_id: str, ready: Trainer) -> Any:
     """Connect to a run that trains on a thread, from its first event on."""
 
     class Both:
@@ -175,8 +154,8 @@ def connect_when(server: NatsServer, run_id: str, ready: Trainer) -> Any:
 
             self.thread = threading.Thread(target=train)
             self.thread.start()
-            await published(server, run_id)
-            self.connection = connect(f"{server.url}/{run_id}")
+            await published(nats_server, run_id)
+            self.connection = connect(f"{nats_server.url}/{run_id}")
             return await self.connection.__aenter__()
 
         async def __aexit__(self, *exc_info: Any) -> None:
@@ -188,17 +167,17 @@ def connect_when(server: NatsServer, run_id: str, ready: Trainer) -> Any:
 
 @pytest.mark.both_event_loops
 async def test_a_run_that_dies_meanwhile_is_lost(
-    server: NatsServer, monkeypatch: pytest.MonkeyPatch, anyio_backend: str
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch, anyio_backend: str
 ) -> None:
     """Its sink answers no more. As long as it does, a run may be silent."""
     monkeypatch.setattr(liveness, "_UNSERVED_S", 0.3)
     monkeypatch.setattr(liveness, "_QUIET_S", 0.1)
     story = Story(f"dying.{anyio_backend}")
-    sink = opened(NATS(server.url), run_id=story.run_id)
+    sink = opened(NATS(nats_server.url), run_id=story.run_id)
     write = await anyio.to_thread.run_sync(sink.__enter__)
     try:
         await anyio.to_thread.run_sync(write, [story.started(), *story.steps(2)])
-        async with connect(server.url, run_id=story.run_id) as run:
+        async with connect(nats_server.url, run_id=story.run_id) as run:
             stream = run.events(since=0)
             assert len(await soon(stream.receive())) == 3
             with anyio.move_on_after(1.5):
@@ -215,8 +194,9 @@ async def test_a_run_that_dies_meanwhile_is_lost(
         await anyio.to_thread.run_sync(sink.__exit__, None, None, None)
 
 
-async def test_a_server_that_is_killed_loses_and_repeats_nothing(own: NatsServer, tmp_path: Path) -> None:
+async def test_a_server_that_is_killed_loses_and_repeats_nothing(start_nats: StartNats, tmp_path: Path) -> None:
     """Both sides connect again; what the run published meanwhile comes from its journal."""
+    own = start_nats()
     async with trainer(tmp_path, own.url, "demo").run() as run:
         await published(own, "demo")
         async with connect(f"{own.url}/demo") as remote:
@@ -240,33 +220,33 @@ async def test_a_server_that_is_killed_loses_and_repeats_nothing(own: NatsServer
     assert sum(isinstance(event, TrainStepEnded) for event in seen) > 100
 
 
-async def test_a_stream_begins_anywhere_in_a_long_history(server: NatsServer) -> None:
+async def test_a_stream_begins_anywhere_in_a_long_history(nats_server: NatsServer) -> None:
     """Without reading what stands before, among the events of other runs; now, and of chosen types."""
     one, other = Story("long.one"), Story("long.other")
     events: list[Event] = [one.started()]
-    await publish(server.url, events)
+    await publish(nats_server.url, events)
     for _ in range(4):
         more = one.steps(4_000)
-        await publish(server.url, more)
-        await publish(server.url, [other.started() if not other.seq else other.step(), *other.steps(3_000)])
+        await publish(nats_server.url, more)
+        await publish(nats_server.url, [other.started() if not other.seq else other.step(), *other.steps(3_000)])
         events += more
-    async with connect(server.url, run_id="long.one") as run:
+    async with connect(nats_server.url, run_id="long.one") as run:
         for since in (1, 6_000, 15_000, len(events) - 1):
             stream = run.events(since=since)
             assert (await soon(anext(stream))).seq == since + 1
             await stream.aclose()
         now = run.events(types=[TrainEpochEnded])
         last = [one(TrainEpochEnded), *one.steps(1), one.ended()]
-        await publish(server.url, last)
+        await publish(nats_server.url, last)
         assert [event.seq for event in [event async for event in now]] == [last[0].seq]
         assert [event async for event in run.events(since=len(events) - 2)] == [*events[-2:], *last]
 
 
-async def test_a_refused_command_is_raised(server: NatsServer, tmp_path: Path) -> None:
+async def test_a_refused_command_is_raised(nats_server: NatsServer, tmp_path: Path) -> None:
     """By the sink, which takes none unless it is told to; and one that no sink takes."""
-    async with trainer(tmp_path, server.url, "closed", commands=False).run() as run:
-        await published(server, "closed")
-        async with connect(server.url, run_id="closed") as remote:
+    async with trainer(tmp_path, nats_server.url, "closed", commands=False).run() as run:
+        await published(nats_server, "closed")
+        async with connect(nats_server.url, run_id="closed") as remote:
             remote.stop()
             with pytest.raises(CommandRefused, match=r"'stop' was not taken: .*it needs NATS\(commands=True\)"):
                 await soon(remote.result())
@@ -275,16 +255,16 @@ async def test_a_refused_command_is_raised(server: NatsServer, tmp_path: Path) -
 
 
 @pytest.mark.both_event_loops
-async def test_a_cancelled_wait_loses_nothing(server: NatsServer, anyio_backend: str) -> None:
+async def test_a_cancelled_wait_loses_nothing(nats_server: NatsServer, anyio_backend: str) -> None:
     """In every wait of a connection: entering, receiving, waiting for the result; and natively under asyncio."""
     story = Story(f"cut.{anyio_backend}")
     events: list[Event] = [story.started(), *story.steps(2_000), story.ended()]
-    await publish(server.url, events)
+    await publish(nats_server.url, events)
     for milliseconds in (0, 1, 3, 10, 30):
         with anyio.move_on_after(milliseconds / 1000):
-            async with connect(server.url, run_id=story.run_id) as run:
+            async with connect(nats_server.url, run_id=story.run_id) as run:
                 await run.result()
-    async with connect(server.url, run_id=story.run_id) as run:
+    async with connect(nats_server.url, run_id=story.run_id) as run:
         stream = run.events(since=0)
         seen: list[Event] = []
         for attempt in range(200):
@@ -309,8 +289,9 @@ async def test_a_cancelled_wait_loses_nothing(server: NatsServer, anyio_backend:
         assert seen == events
 
 
-async def test_what_is_wrong_is_named(own: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_wrong_is_named(start_nats: StartNats, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server, the stream, the run, the token; each before the block is entered."""
+    own = start_nats()
     with pytest.raises(ConnectError, match=r"has no stream of stagecast\.\*\.\*; see that a run with the sink NATS"):
         await enter(connect(own.url))
     story = Story("größer 1.0")

@@ -14,7 +14,7 @@ import anyio.to_thread
 import msgspec
 import pytest
 from live.kit import Serve, Start, Story
-from support.nats_server import NatsServer
+from support.nats_server import NatsServer, StartNats
 from support.threads import trainer_threads, wait_until
 from support.training import Net, make_trainer, read_journal
 
@@ -36,10 +36,8 @@ pytest.importorskip("nats")
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[NatsServer]:
-    one = NatsServer(tmp_path / "nats").start()
-    yield one
-    one.kill()
+def server(start_nats: StartNats) -> NatsServer:
+    return start_nats()
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ import contextlib
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from support.nats_server import NatsServer, credentials
-from support.threads import trainer_threads, wait_until
+from support.nats_server import NatsServer, StartNats, credentials
+from support.threads import wait_until
 from support.training import Net, make_trainer, read_journal
 
 from events.errors import SinkMisconfigured
@@ -34,36 +34,7 @@ from sinks.nats.order import WINDOW, InOrder
 from sinks.testing import Story, check_sink, opened
 
 pytest.importorskip("nats")
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
-    """A server for tests that do nothing to it."""
-    one = NatsServer(tmp_path_factory.mktemp("nats")).start()
-    yield one
-    one.kill()
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., NatsServer]]:
-    """Start a server of the test's own."""
-    started: list[NatsServer] = []
-
-    def start(config: str = "", **options: Any) -> NatsServer:
-        started.append(NatsServer(tmp_path / f"nats{len(started)}", config, **options))
-        return started[-1].start()
-
-    yield start
-    for one in started:
-        one.kill()
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """The client leaves no thread, and prints nothing."""
-    yield
-    wait_until(lambda: "stagecast-nats" not in trainer_threads(), "the thread of a client has not ended")
-    assert "nats:" not in capfd.readouterr().err
+pytestmark = pytest.mark.usefixtures("no_nats_client_is_left")
 
 
 def events_of(server: NatsServer, run_id: str) -> list[Event]:
@@ -82,35 +53,35 @@ def admin(server: NatsServer, work: Callable[[Any], Any]) -> Any:
 # ------------------------------------------------------------------------------------------------ the format
 
 
-def test_the_sink_keeps_the_rules_of_sinks(shared: NatsServer, tmp_path: Path) -> None:
+def test_the_sink_keeps_the_rules_of_sinks(nats_server: NatsServer, tmp_path: Path) -> None:
     """See `sinks.testing.check_sink`."""
-    check_sink(NATS(shared.url), written=lambda: shared.stored("demo"), run_dir=tmp_path)
+    check_sink(NATS(nats_server.url), written=lambda: nats_server.stored("demo"), run_dir=tmp_path)
 
 
-def test_messages_are_lines_of_the_journal_under_subjects_of_the_run(shared: NatsServer) -> None:
+def test_messages_are_lines_of_the_journal_under_subjects_of_the_run(nats_server: NatsServer) -> None:
     """Any program can read them; the header is the identity by which the server drops repeated ones."""
     name = "lr 1e-3.v2 *>/größe"
     story = Story(name)
     events: list[Event] = [story.started(), *story.steps(2)]
     story.seq += 5  # of events that the journal does not keep
     events += story.steps(1)
-    with opened(NATS(shared.url), run_id=name) as write:
+    with opened(NATS(nats_server.url), run_id=name) as write:
         write(events)
-    assert shared.stored(name) == encode_lines(events, 0).splitlines()
+    assert nats_server.stored(name) == encode_lines(events, 0).splitlines()
 
     async def first(manager: Any) -> Any:
         return await manager.get_msg(
             "stagecast", subject="stagecast.lr%201e-3%2Ev2%20%2A%3E%2Fgr%C3%B6%C3%9Fe.RunStarted"
         )
 
-    message = admin(shared, first)
+    message = admin(nats_server, first)
     assert message.headers == {"Nats-Msg-Id": "lr%201e-3%2Ev2%20%2A%3E%2Fgr%C3%B6%C3%9Fe/1/1"}
-    assert NatsAddress.of(shared.url).run_of(message.subject) == name
+    assert NatsAddress.of(nats_server.url).run_of(message.subject) == name
 
 
-def test_the_stream_has_the_limits_of_the_sink_that_creates_it(shared: NatsServer) -> None:
+def test_the_stream_has_the_limits_of_the_sink_that_creates_it(nats_server: NatsServer) -> None:
     """An existing stream keeps its own, and several runs share it."""
-    url = f"{shared.url}?prefix=team.limits"
+    url = f"{nats_server.url}?prefix=team.limits"
     for run_id, age in (("one", 3_600.0), ("two", 7_200.0)):
         with opened(NATS(url, max_age_s=age, max_bytes=2**20), run_id=run_id) as write:
             write([Story(run_id).started()])
@@ -118,17 +89,17 @@ def test_the_stream_has_the_limits_of_the_sink_that_creates_it(shared: NatsServe
     async def configured(manager: Any) -> Any:
         return (await manager.stream_info("team_limits")).config
 
-    config = admin(shared, configured)
+    config = admin(nats_server, configured)
     assert (config.subjects, config.max_age, config.max_bytes) == (["team.limits.*.*"], 3_600.0, 2**20)
     assert (str(config.discard), str(config.storage), config.duplicate_window) == ("old", "file", 120.0)
-    assert [len(shared.stored(run_id, url)) for run_id in ("one", "two")] == [1, 1]
+    assert [len(nats_server.stored(run_id, url)) for run_id in ("one", "two")] == [1, 1]
 
 
 def test_an_event_that_is_too_large_is_replaced_by_a_gap_with_a_warning(
-    start: Callable[..., NatsServer], caplog: pytest.LogCaptureFixture
+    start_nats: StartNats, caplog: pytest.LogCaptureFixture
 ) -> None:
     """For the server, or for the stream alone; the events around it are sent."""
-    server = start("max_payload: 8192")
+    server = start_nats("max_payload: 8192")
     story = Story()
     large = story(MetricsLogged, metrics={f"metric {index}": 1.0 for index in range(1_000)})
     with opened(NATS(server.url)) as write:
@@ -146,11 +117,9 @@ def test_an_event_that_is_too_large_is_replaced_by_a_gap_with_a_warning(
 # ------------------------------------------------------------------------------------------- servers that fail
 
 
-def test_a_run_is_delivered_once_and_whole_though_the_server_is_killed(
-    start: Callable[..., NatsServer], tmp_path: Path
-) -> None:
+def test_a_run_is_delivered_once_and_whole_though_the_server_is_killed(start_nats: StartNats, tmp_path: Path) -> None:
     """By the sink host, which reads the journal; the run takes its steps meanwhile, and reports the outage."""
-    server = start()
+    server = start_nats()
     run_dir = tmp_path / "run"
     seen: list[str] = []
 
@@ -184,11 +153,11 @@ def test_a_run_is_delivered_once_and_whole_though_the_server_is_killed(
 
 @pytest.mark.parametrize("known_s", [120.0, 0.1], ids=["within", "after"])
 def test_a_window_that_was_stored_in_part_is_not_stored_twice(
-    start: Callable[..., NatsServer], monkeypatch: pytest.MonkeyPatch, known_s: float
+    start_nats: StartNats, monkeypatch: pytest.MonkeyPatch, known_s: float
 ) -> None:
     """Within the time for which the server knows identities, and after it: then the newest stored event decides."""
     monkeypatch.setattr(nats_publisher, "_DUPLICATE_WINDOW_S", known_s)
-    server = start()
+    server = start_nats()
     story = Story()
     taken = nats_publisher.Publisher._take
     count = 0
@@ -215,10 +184,10 @@ def test_a_window_that_was_stored_in_part_is_not_stored_twice(
 
 
 def test_a_server_that_hangs_fails_a_write_in_bounded_time(
-    start: Callable[..., NatsServer], monkeypatch: pytest.MonkeyPatch
+    start_nats: StartNats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And takes the same events when it wakes up."""
-    server = start()
+    server = start_nats()
     story = Story()
     with opened(NATS(server.url)) as write:
         monkeypatch.setattr(nats_publisher, "ANSWER_S", 0.3)
@@ -234,9 +203,9 @@ def test_a_server_that_hangs_fails_a_write_in_bounded_time(
     assert [event.seq for event in events_of(server, "demo")] == [*range(1, 11)]
 
 
-def test_a_stream_that_is_full_or_removed_is_named_and_tried_again(start: Callable[..., NatsServer]) -> None:
+def test_a_stream_that_is_full_or_removed_is_named_and_tried_again(start_nats: StartNats) -> None:
     """A refused event is stored behind later ones; readers put it in its place."""
-    server = start()
+    server = start_nats()
     story = Story()
 
     async def create(manager: Any) -> None:
@@ -267,9 +236,9 @@ def test_a_stream_that_is_full_or_removed_is_named_and_tried_again(start: Callab
         assert [event.seq for event in events_of(server, "demo")] == [5]
 
 
-def test_without_jetstream_or_a_server_the_sink_names_what_to_do(start: Callable[..., NatsServer]) -> None:
+def test_without_jetstream_or_a_server_the_sink_names_what_to_do(start_nats: StartNats) -> None:
     """Both may come later, so the sink is tried again."""
-    server = start(jetstream=False)
+    server = start_nats(jetstream=False)
     with pytest.raises(ConnectionError, match="JetStream does not answer; start nats-server with -js"):
         NATS(server.url).open(RunInfo("demo"))
     server.kill()
@@ -277,16 +246,16 @@ def test_without_jetstream_or_a_server_the_sink_names_what_to_do(start: Callable
         NATS(server.url).open(RunInfo("demo"))
 
 
-def test_a_stream_that_the_server_refuses_disables_the_sink(start: Callable[..., NatsServer], tmp_path: Path) -> None:
+def test_a_stream_that_the_server_refuses_disables_the_sink(start_nats: StartNats, tmp_path: Path) -> None:
     """Its disk may be smaller than the stream's limit."""
-    server = start(f"jetstream {{ store_dir: '{tmp_path}/js', max_file_store: 1048576 }}", jetstream=False)
+    server = start_nats(f"jetstream {{ store_dir: '{tmp_path}/js', max_file_store: 1048576 }}", jetstream=False)
     with pytest.raises(SinkMisconfigured, match=r"refuses to create the stream stagecast: .*max_bytes=.*fits"):
         NATS(server.url).open(RunInfo("demo"))
     with opened(NATS(server.url, max_bytes=2**19)) as write:
         write(Story().steps(1))
 
 
-def test_a_resumed_run_sends_what_an_earlier_attempt_has_not(shared: NatsServer, tmp_path: Path) -> None:
+def test_a_resumed_run_sends_what_an_earlier_attempt_has_not(nats_server: NatsServer, tmp_path: Path) -> None:
     """Its process may have died before the sink had its last events, which are in the journal."""
     story = Story("resumed")
     events: list[Event] = [story.started(), *story.steps(20), *story.resumed(), *story.steps(3)]
@@ -294,51 +263,51 @@ def test_a_resumed_run_sends_what_an_earlier_attempt_has_not(shared: NatsServer,
     journal.write(events)
     journal.close()
     for attempt, some in ((1, events[:5]), (2, events[21:])):
-        with opened(NATS(shared.url), run_id="resumed", attempt=attempt, run_dir=tmp_path) as write:
+        with opened(NATS(nats_server.url), run_id="resumed", attempt=attempt, run_dir=tmp_path) as write:
             write(some)
-    assert events_of(shared, "resumed") == events
+    assert events_of(nats_server, "resumed") == events
 
 
 # ------------------------------------------------------------------------------------------------ one name, two runs
 
 
-def test_a_second_run_of_one_name_is_refused(shared: NatsServer) -> None:
+def test_a_second_run_of_one_name_is_refused(nats_server: NatsServer) -> None:
     """One that comes later is known by its time, one at the same time by its events; the first run is unharmed."""
     story = Story("twice")
     events: list[Event] = [story.started(), *story.steps(5)]
-    with opened(NATS(shared.url), run_id="twice") as write:
+    with opened(NATS(nats_server.url), run_id="twice") as write:
         write(events)
     later = Story("twice")
     later.time += 100.0
     for first in (later.started(), *later.steps(1)):
         with (
-            opened(NATS(shared.url), run_id="twice") as write,
+            opened(NATS(nats_server.url), run_id="twice") as write,
             pytest.raises(SinkMisconfigured, match="another run_id"),
         ):
             write([first])
-    with opened(NATS(shared.url), run_id="both") as one, opened(NATS(shared.url), run_id="both") as other:
+    with opened(NATS(nats_server.url), run_id="both") as one, opened(NATS(nats_server.url), run_id="both") as other:
         both, same = Story("both"), Story("both")
         same.time += 0.5
         one([both.started()])
         with pytest.raises(SinkMisconfigured, match="another run with the run_id 'both'"):
             other([same.started()])
     stepped_back = [msgspec.structs.replace(event, time=event.time + 50.0) for event in events[:-1]]  # by the clock
-    with opened(NATS(shared.url), run_id="twice") as write:
+    with opened(NATS(nats_server.url), run_id="twice") as write:
         write([*stepped_back, events[-1]])
-    assert events_of(shared, "twice") == events
+    assert events_of(nats_server, "twice") == events
 
 
 # ---------------------------------------------------------------------------------------------------- access
 
 
-def test_credentials_and_tls_with_an_own_authority(start: Callable[..., NatsServer], tmp_path: Path) -> None:
+def test_credentials_and_tls_with_an_own_authority(start_nats: StartNats, tmp_path: Path) -> None:
     """Without either the server refuses, and the sink is disabled, with the reason."""
     key, certificate = tmp_path / "key.pem", tmp_path / "ca.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run(command, check=True, capture_output=True)
     access, creds = credentials(tmp_path)
-    server = start(f"{access}\ntls {{ cert_file: '{certificate}', key_file: '{key}' }}")
+    server = start_nats(f"{access}\ntls {{ cert_file: '{certificate}', key_file: '{key}' }}")
     url = server.url.replace("nats://", "tls://")
     sink = NATS(f"{url}?creds={creds}&ca={certificate}")
     check_sink(sink, run_dir=tmp_path)
@@ -353,9 +322,9 @@ def test_credentials_and_tls_with_an_own_authority(start: Callable[..., NatsServ
         NATS(f"{url}?creds={creds}&ca={creds}").open(RunInfo("demo"))
 
 
-def test_tokens_and_passwords_reach_the_server_and_no_message(start: Callable[..., NatsServer]) -> None:
+def test_tokens_and_passwords_reach_the_server_and_no_message(start_nats: StartNats) -> None:
     """In an error, a description and a traceback the address has none."""
-    server = start("authorization { token: 's3cr/t' }")
+    server = start_nats("authorization { token: 's3cr/t' }")
     host = server.url.removeprefix("nats://")
     with opened(NATS(f"nats://s3cr%2Ft@{host}")) as write:
         write(Story().steps(1))
@@ -441,9 +410,9 @@ def test_a_wrong_address_is_refused_before_the_run(url: Any, problem: str) -> No
 # -------------------------------------------------------------------------------------------------- commands
 
 
-def test_commands_reach_the_run_if_the_sink_takes_them(shared: NatsServer, tmp_path: Path) -> None:
+def test_commands_reach_the_run_if_the_sink_takes_them(nats_server: NatsServer, tmp_path: Path) -> None:
     """Every request is answered, with the reason if it was refused."""
-    address = NatsAddress.of(shared.url)
+    address = NatsAddress.of(nats_server.url)
     taken: list[Any] = []
 
     class Loop:
@@ -462,10 +431,10 @@ def test_commands_reach_the_run_if_the_sink_takes_them(shared: NatsServer, tmp_p
         folder = RunFolder.open(tmp_path / "run", "my.run")
         inbox = Inbox(folder.path, Loop(), 0)
         inbox.start()
-        with opened(NATS(shared.url), run_id="my.run", run_dir=folder.path):
+        with opened(NATS(nats_server.url), run_id="my.run", run_dir=folder.path):
             assert ask(b"") == {}
             assert ask(pause)["reason"] == "the sink takes no commands; it needs NATS(commands=True)"
-        with opened(NATS(shared.url, commands=True), run_id="my.run", run_dir=folder.path):
+        with opened(NATS(nats_server.url, commands=True), run_id="my.run", run_dir=folder.path):
             assert ask(pause) == {"type": "sent", "id": "1"}
             assert taken == [Pause(id="1")]
             assert ask(b"{")["reason"].startswith("not a command")
@@ -530,9 +499,9 @@ def test_messages_that_are_not_of_the_run_are_skipped_with_one_warning(caplog: p
     )
 
 
-def test_a_call_to_a_closed_client_fails_at_once(shared: NatsServer) -> None:
+def test_a_call_to_a_closed_client_fails_at_once(nats_server: NatsServer) -> None:
     """On whichever thread; closing twice is harmless."""
-    client = NatsClient.connected(NatsAddress.of(shared.url))
+    client = NatsClient.connected(NatsAddress.of(nats_server.url))
     waiting = client.submit(asyncio.sleep(60))
     closing = threading.Thread(target=client.close)
     closing.start()

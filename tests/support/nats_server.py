@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -109,6 +110,10 @@ class NatsServer:
             return client.call(read())
         finally:
             client.close()
+
+
+StartNats = Callable[..., NatsServer]
+"""Starts a server: the fixture ``start_nats``. Its arguments are those of `NatsServer`, without the folder."""
 
 
 def credentials(folder: Path) -> tuple[str, Path]:
