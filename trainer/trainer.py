@@ -37,7 +37,6 @@ from trainer.peers import TRAIN_ARGUMENTS, TRAINER_METHODS
 from trainer.run.calling_thread import interruptibly, run_here
 from trainer.run.checks import (
     check_checkpoints,
-    check_deliveries,
     check_folder,
     check_members,
     check_named,
@@ -45,6 +44,7 @@ from trainer.run.checks import (
     check_upload,
     common_facts,
     members,
+    numbered,
 )
 from trainer.run.context import RunContext
 from trainer.run.observers import Callback, SinkLike, split
@@ -154,10 +154,8 @@ class Trainer:
         self._command_line: str | None = None
         check_checkpoints(checkpoints, resume, init_from, problems)
         check_members(self.module, self.arguments, self._callbacks, problems)
-        observers = {f"sinks[{number}]": one for number, one in enumerate(self._sinks or ())}
-        observers |= {f"alerts[{number}]": one for number, one in enumerate(self._alerts)}
-        check_sinks(observers, problems)
-        check_deliveries(observers, sinks_in, self._journal, problems)
+        observers = numbered("sinks", self._sinks or ()) | numbered("alerts", self._alerts)
+        check_sinks(observers, sinks_in, self._journal, problems)
         check_folder(self._journal, run_id, run_dir, problems)
         if not relocating.get():
             check_named(run_id, run_dir, resume, problems)

@@ -17,8 +17,8 @@ from events.log import logger
 from events.messages import Event
 from events.sink import Delivery, RunInfo
 from events.strict import Strict
-from sinks.alerts.rules import EVENTS, Kind, Limits, Message, Rules
-from sinks.alerts.targets import Target, target_of
+from sinks.alerts.rules import EVENTS, AlertLimits, AlertMessage, Kind, Rules
+from sinks.alerts.targets import AlertTarget, target_of
 
 _MOST_PENDING = 100
 _RETRY_S = 30.0
@@ -41,10 +41,10 @@ class Alert(Strict, frozen=True):
     - ``disk``: the file system of the run's folder is full to ``disk_percent``.
     - ``finished``: the run ended otherwise: finished, stopped or cancelled.
 
-    A webhook receives a POST with the fields of `sinks.alerts.rules.Message` as JSON; Slack and Mattermost show its
-    ``text``, Discord its ``content``. A command gets the text as its last argument, and the other fields in environment
-    variables such as ``STAGECAST_ALERT_KIND``. A message that cannot be sent is repeated as `Delivery` says, and the
-    run shows that the sink fails.
+    A webhook receives a POST with the fields of `sinks.alerts.rules.AlertMessage` as JSON; Slack and Mattermost show
+    its ``text``, Discord its ``content``. A command gets the text as its last argument, and the other fields in
+    environment variables such as ``STAGECAST_ALERT_KIND``. A message that cannot be sent is repeated as `Delivery`
+    says, and the run shows that the sink fails.
     """
 
     to: str
@@ -96,7 +96,7 @@ class Alert(Strict, frozen=True):
 
     def open_after(self, run: RunInfo, seq: int) -> AlertWriter:
         """The same for a run that is under way: events up to this ``seq`` are taken into account, but not told."""
-        limits = Limits(self.stalled_s, self.monitor, self.mode, self.patience, self.disk_percent)
+        limits = AlertLimits(self.stalled_s, self.monitor, self.mode, self.patience, self.disk_percent)
         try:
             target = target_of(self.to)
         except ValueError as error:
@@ -112,12 +112,12 @@ class AlertWriter:
         quiet_until: Events up to this ``seq`` give none.
     """
 
-    def __init__(self, target: Target, rules: Rules, kinds: frozenset[Kind], quiet_until: int) -> None:
+    def __init__(self, target: AlertTarget, rules: Rules, kinds: frozenset[Kind], quiet_until: int) -> None:
         self._target = target
         self._rules = rules
         self._kinds = kinds
         self._quiet_until = quiet_until
-        self._pending: deque[Message] = deque(maxlen=_MOST_PENDING)
+        self._pending: deque[AlertMessage] = deque(maxlen=_MOST_PENDING)
         self._taken = (0, 0)  # attempt and seq of the newest event that the rules have seen
         self._lock = threading.Lock()  # of the rules and the pending messages
         self._sending = threading.Lock()
@@ -147,7 +147,7 @@ class AlertWriter:
         self._watcher.join()
         self._send()
 
-    def _add(self, *messages: Message | None) -> None:
+    def _add(self, *messages: AlertMessage | None) -> None:
         self._pending += [one for one in messages if one is not None and one.kind in self._kinds]
 
     def _send(self) -> None:

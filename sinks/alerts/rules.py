@@ -50,7 +50,7 @@ _NO_PROGRESS = (SystemSampled, NonFiniteLoss, NonFiniteGradient)
 """Events of other threads, which arrive while the loop stands still, too."""
 
 
-class Message(msgspec.Struct, frozen=True):
+class AlertMessage(msgspec.Struct, frozen=True):
     """One alert. Its fields are those of the JSON that a webhook receives."""
 
     kind: Kind
@@ -65,7 +65,7 @@ class Message(msgspec.Struct, frozen=True):
     run_dir: str | None = None
 
 
-class Limits(msgspec.Struct, frozen=True):
+class AlertLimits(msgspec.Struct, frozen=True):
     """The numbers of the rules; see the fields of `sinks.Alert`."""
 
     stalled_s: float
@@ -81,7 +81,7 @@ class Rules:
     Used on one thread at a time.
     """
 
-    def __init__(self, limits: Limits, run_id: str, run_dir: str | None) -> None:
+    def __init__(self, limits: AlertLimits, run_id: str, run_dir: str | None) -> None:
         self._limits = limits
         self._run_id = run_id
         self._run_dir = run_dir
@@ -94,13 +94,13 @@ class Rules:
         self._waited = 0
         self._has_ended = False
 
-    def take(self, event: Event, now: float) -> list[Message]:
+    def take(self, event: Event, now: float) -> list[AlertMessage]:
         """Return the messages that one event gives, which arrives ``now`` (seconds since the epoch of Unix)."""
         self._step = max(self._step, event.global_step)
         if type(event) not in _NO_PROGRESS:
             self._moved_at = now
             self._told.discard("stalled")
-        found: list[Message | None] = []
+        found: list[AlertMessage | None] = []
         if isinstance(event, RunStarted):
             self._host, self._step, self._has_ended = event.host, event.global_step, False
             self._told -= {"nan", "failed", "finished"}
@@ -118,7 +118,7 @@ class Rules:
             found += [self._judge(value, event) for name, value in metrics_of(event) if name == self._limits.monitor]
         return [one for one in found if one is not None]
 
-    def look(self, now: float) -> Message | None:
+    def look(self, now: float) -> AlertMessage | None:
         """Return the message about a run that makes no progress, as of ``now``."""
         if self._moved_at is None or now - self._moved_at < self._limits.stalled_s:
             return None
@@ -132,20 +132,20 @@ class Rules:
             return None
         return self._moved_at + self._limits.stalled_s
 
-    def closed(self, now: float) -> Message | None:
+    def closed(self, now: float) -> AlertMessage | None:
         """No event will follow: return the message about a run whose process was killed."""
         if self._has_ended or not self._host:
             return None
         return self._message("failed", f"its process ended without a word after step {self._step}", now)
 
-    def _ended(self, event: RunEnded) -> Message | None:
+    def _ended(self, event: RunEnded) -> AlertMessage | None:
         if event.status == "failed":
             where = f" in {event.phase}" if event.phase else ""
             return self._message("failed", f"failed{where} at step {self._step}: {event.reason}", event.time)
         why = f": {event.reason}" if event.reason else ""
         return self._message("finished", f"{event.status} at step {self._step}{why}", event.time)
 
-    def _disk(self, event: SystemSampled) -> Message | None:
+    def _disk(self, event: SystemSampled) -> AlertMessage | None:
         used = event.disk_used_percent
         if used is None:
             return None
@@ -154,7 +154,7 @@ class Rules:
             return None
         return self._message("disk", f"the disk of the run's folder is {used:.1f} % full", event.time)
 
-    def _judge(self, value: float, event: Event) -> Message | None:
+    def _judge(self, value: float, event: Event) -> AlertMessage | None:
         sign = 1 if self._limits.mode == "min" else -1
         if math.isfinite(value) and (self._best is None or sign * value < sign * self._best):
             self._best, self._best_step, self._waited = value, event.global_step, 0
@@ -167,9 +167,9 @@ class Rules:
         text = f"{self._limits.monitor} has not improved for {self._waited} values ({value:g}); {best}"
         return self._message("no_improvement", text, event.time)
 
-    def _message(self, kind: Kind, what: str, time: float) -> Message | None:
+    def _message(self, kind: Kind, what: str, time: float) -> AlertMessage | None:
         if kind in self._told:
             return None
         self._told.add(kind)
         line = " ".join(f"{self._run_id}: {what}".split())
-        return Message(kind, line[:1_000], self._run_id, time, self._host, self._step, self._run_dir)
+        return AlertMessage(kind, line[:1_000], self._run_id, time, self._host, self._step, self._run_dir)

@@ -14,32 +14,32 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from sinks.alerts.rules import Message
+from sinks.alerts.rules import AlertMessage
 
 _WEBHOOK_S = 15.0
 _COMMAND_S = 60.0
 
 
-class Target(Protocol):
+class AlertTarget(Protocol):
     """Sends one message. Waits until it is delivered; raises if it is not."""
 
-    def send(self, message: Message) -> None:
+    def send(self, message: AlertMessage) -> None:
         """Deliver the message."""
         ...
 
 
-def target_of(to: str) -> Target:
+def target_of(to: str) -> AlertTarget:
     """Return the target of an address.
 
     Raises:
         ValueError: It is not one, or this machine lacks what it takes; the text says what to do.
     """
     if to == "desktop":
-        return Desktop()
+        return DesktopTarget()
     if to.lower().startswith(("http://", "https://")):
         if not urlsplit(to).hostname:
             raise ValueError("the address of the webhook has no host; give https://HOST/PATH")
-        return Webhook(to)
+        return WebhookTarget(to)
     try:
         words = shlex.split(to)
     except ValueError as error:
@@ -49,10 +49,10 @@ def target_of(to: str) -> Target:
             f"to={to!r:.80} is not 'desktop', not an address (https://...), and not a program that is found; give one"
             f" of them"
         )
-    return Command(words)
+    return CommandTarget(words)
 
 
-class Desktop:
+class DesktopTarget:
     """Shows a notification on the desktop of the user who runs the process.
 
     Raises:
@@ -66,7 +66,7 @@ class Desktop:
                 f"to='desktop' needs the program {self._program}; install it, or give a webhook or command"
             )
 
-    def send(self, message: Message) -> None:
+    def send(self, message: AlertMessage) -> None:
         """Show it. Waits for the program."""
         title = f"stagecast: {message.kind.replace('_', ' ')}"
         if self._program == "notify-send":
@@ -79,13 +79,13 @@ class Desktop:
         _run([self._program, *words], dict(os.environ))
 
 
-class Webhook:
+class WebhookTarget:
     """Posts a message as JSON. Slack and Mattermost show its ``text``, Discord its ``content``."""
 
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def send(self, message: Message) -> None:
+    def send(self, message: AlertMessage) -> None:
         """Post it. Waits for the answer, at most 15 seconds."""
         body = msgspec.json.encode({**msgspec.structs.asdict(message), "content": message.text})
         request = urllib.request.Request(
@@ -100,19 +100,19 @@ class Webhook:
             raise RuntimeError(f"the webhook answered {error.code} {error.reason}: {said}") from None
 
 
-class Command:
+class CommandTarget:
     """Runs a program with the text as its last argument, and the other fields in ``STAGECAST_ALERT_...``."""
 
     def __init__(self, words: list[str]) -> None:
         self._words = words
 
-    def send(self, message: Message) -> None:
+    def send(self, message: AlertMessage) -> None:
         """Run it. Waits for its end, at most a minute."""
         fields = {f"STAGECAST_ALERT_{name.upper()}": str(value) for name, value in _fields(message).items()}
         _run([*self._words, message.text], {**os.environ, **fields})
 
 
-def _fields(message: Message) -> dict[str, object]:
+def _fields(message: AlertMessage) -> dict[str, object]:
     return {name: "" if value is None else value for name, value in msgspec.structs.asdict(message).items()}
 
 

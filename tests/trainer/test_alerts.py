@@ -21,7 +21,7 @@ from events.errors import ArgumentsError
 from events.messages import CommandTaken, ObserverFailed, RunEnded, SystemSampled, ValEpochEnded
 from events.sink import Delivery, RunInfo
 from sinks import Alert, Memory
-from sinks.alerts.rules import Limits, Rules
+from sinks.alerts.rules import AlertLimits, Rules
 from sinks.testing import Story
 from trainer import Trainer, TrainerArguments
 
@@ -126,7 +126,7 @@ def test_a_full_disk_is_told_until_it_is_over_and_a_repeated_batch_is_judged_onc
 
 def test_a_run_that_is_paused_or_over_is_not_stalled() -> None:
     story = Story("demo")
-    rules = Rules(Limits(10.0, "val_loss", "min", 5, 95.0), "demo", None)
+    rules = Rules(AlertLimits(10.0, "val_loss", "min", 5, 95.0), "demo", None)
     assert rules.look(100.0) is None  # before the first event
     told = []
     for now, event in [

@@ -70,6 +70,11 @@ def _by_name(name: str, text: str) -> str | None:
     return next((one for one in package.__all__ if one.lower() in (plain, plain.removesuffix("logger"))), None)
 
 
+def numbered(name: str, given: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the members of a list by the names that messages give them: ``sinks[0]``."""
+    return {f"{name}[{number}]": one for number, one in enumerate(given)}
+
+
 def check_members(module: Any, arguments: Any, callbacks: tuple[Any, ...], problems: list[str]) -> None:
     """Check types, and the packages that they need."""
     if not isinstance(module, ModuleInterface):
@@ -103,8 +108,8 @@ def check_members(module: Any, arguments: Any, callbacks: tuple[Any, ...], probl
         check_contract(module, sound, problems)
 
 
-def check_sinks(sinks: Mapping[str, Any], problems: list[str]) -> None:
-    """Check sinks by their names in messages: their types, and the packages that they need."""
+def check_sinks(sinks: Mapping[str, Any], sinks_in: Any, journal: Any, problems: list[str]) -> None:
+    """Check sinks by their names in messages: types, packages that they need, and whether they can run there."""
     for name, sink in sinks.items():
         target, delivery = split(sink)
         if isinstance(target, Journal):
@@ -118,6 +123,7 @@ def check_sinks(sinks: Mapping[str, Any], problems: list[str]) -> None:
                 check()
             except SinkMisconfigured as error:
                 problems.append(f"{name}: {error}")
+    _check_deliveries(sinks, sinks_in, journal, problems)
 
 
 def _check_callback_delivery(name: str, delivery: Delivery | None, problems: list[str]) -> None:
@@ -141,8 +147,7 @@ def _hint(name: str, given: Any) -> str:
     return ""
 
 
-def check_deliveries(sinks: Mapping[str, Any], sinks_in: Any, journal: Any, problems: list[str]) -> None:
-    """Check by their names that sinks can run in their place, and that those which read the journal have one."""
+def _check_deliveries(sinks: Mapping[str, Any], sinks_in: Any, journal: Any, problems: list[str]) -> None:
     if sinks_in not in ("thread", "process"):
         problems.append(f"sinks_in must be 'thread' or 'process', not {shown(sinks_in)}")
     for place, sink in sinks.items():
