@@ -431,7 +431,7 @@ def test_readings_that_are_not_numbers_are_damage(crafted: Any) -> None:
 )
 def test_outputs_that_are_not_of_the_epochs_steps_are_damage(crafted: Any) -> None:
     with pytest.raises(CheckpointDamaged, match="the checkpoint's outputs"):
-        EpochOutputs(10**6, "a hook", None).restore(crafted)
+        EpochOutputs(10**6, "a hook", None).restore({0: crafted})
 
 
 @pytest.mark.parametrize("crafted", [{"best": "x"}, {"waited": None}])
@@ -455,7 +455,7 @@ def test_outputs_that_share_a_tensor_are_restored_in_the_memory_of_one() -> None
     rows = torch.zeros(6, 2)
     columns: list[dict[str, Any]] = [{"joined": rows, "rows": [3, 3]}, {"values": [rows, rows], "there": [True] * 2}]
     collector = EpochOutputs(10**6, "a hook", None)
-    collector.restore({"steps": 2, "nbytes": 1, "columns": columns * 50})
+    collector.restore({0: {"steps": 2, "nbytes": 1, "columns": columns * 50}})
     memory = {part.untyped_storage().data_ptr() for column in collector._columns for part in column}
     assert len(memory) == 1
     assert rows.data_ptr() not in memory

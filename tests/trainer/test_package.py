@@ -214,12 +214,13 @@ ADAPTERS = {
     "sinks/nats/mirror.py",
     "sinks/nats/publisher.py",
     "sinks/trackers/otlp_export.py",
+    "trainer/cli/runs.py",
     "trainer/remote/address.py",
     "trainer/remote/http.py",
     "trainer/remote/nats.py",
     "trainer/examples/service.py",
 }
-"""Modules around a client, which are imported when it is needed."""
+"""Modules around a client or a command, which are imported when it is needed."""
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class GradientCheck:
 
         Returns:
             A float32 scalar ``()`` on a device of the gradients, positive if any element is not finite. None if there
-            are no gradients, or all are finite and this is known without waiting for a device.
+            are no gradients.
         """
         if not gradients:
             return None
@@ -76,12 +76,7 @@ class GradientCheck:
             if found.device != gradients[0].device:
                 self._free.clear()
             found = _look_at_each(gradients)
-        if split is not None:
-            return add_up(found, split)
-        if found.is_cpu and not found.item():  # quicker than to read it later
-            self._free.append(found)
-            return None
-        return found
+        return found if split is None else add_up(found, split)
 
 
 def _parts(gradients: list[torch.Tensor]) -> list[slice]:
