@@ -76,7 +76,7 @@ class Agent:
         self._shown = now, summary
         self._abort: Failure | None = None
         self._abort_sent = threading.Event()
-        self._failed_at_tick = False
+        self._failed_at_tick = self._is_cut_off = False
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"stagecast-agent-{rank}", daemon=True)
 
@@ -93,8 +93,7 @@ class Agent:
         """Tell the other ranks that this one has ended, and end the thread. Waits for the store, if it answers."""
         self._closing = True
         self._wake.put(None)
-        is_cut_off = self._link.looks[0] > SILENT_LOOKS  # the store's client returns when TCP gives up
-        if self._thread.is_alive() and not is_cut_off:
+        if self._thread.is_alive() and not self._is_cut_off:  # else the store's client returns when TCP gives up
             self._thread.join(STORE_TIMEOUT_S + _END_WAIT_S)
 
     # ----------------------------------------------------------------------------------- the loop's thread
@@ -223,6 +222,7 @@ class Agent:
         count, at = link.looks
         link.looks = count, _ = (count + 1 if link.exchanges == at else 0), link.exchanges
         if count >= SILENT_LOOKS and self.failure is None and self._thread.is_alive():
+            self._is_cut_off = True
             why = f"the store at {link.address} does not answer"
             self._fail(Failure(self.rank, link.identity.host, why, *self._now()))
 
