@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import Annotated
 
 import msgspec
 
 from events.bounds import MAX_NAME_CHARS
-from events.safe_files import read_below, replace_below
+from events.safe_files import read_below
 
 NOTES_NAME = "notes.json"
 MAX_TAGS = 50
@@ -30,13 +29,11 @@ class Notes(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
     """``#rrggbb``, or empty for the page's own choice."""
 
 
-def read_notes(run_dir: str | os.PathLike[str]) -> Notes:
-    """Return the notes about a run; empty ones if the file is missing or is not valid. Never raises."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+def read_notes(run_dir: str | os.PathLike[str]) -> Notes | None:
+    """Return the notes about a run, empty ones without a file; None if it cannot be read. Never raises."""
+    try:
         return msgspec.json.decode(read_below(run_dir, NOTES_NAME, _MOST_BYTES), type=Notes)
-    return Notes()
-
-
-def write_notes(run_dir: str | os.PathLike[str], notes: Notes) -> None:
-    """Replace the notes about a run as a whole. Waits for the disk. Raises `OSError`."""
-    replace_below(run_dir, NOTES_NAME, msgspec.json.format(msgspec.json.encode(notes), indent=2) + b"\n")
+    except FileNotFoundError:
+        return Notes()
+    except (OSError, ValueError, RecursionError):
+        return None

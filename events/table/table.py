@@ -18,7 +18,7 @@ from events.run.summary import Summary
 from events.safe_files import guard, read_below, replace_below, stat_below
 from events.table.entry import EntryReader, RunEntry
 from events.table.folders import below, name_runs, run_folders
-from events.table.notes import read_notes
+from events.table.notes import NOTES_NAME, Notes, read_notes
 
 STORE_NAME = "entry.msgpack"
 """File in the run folder with the cached entry of a run that is over. It may be deleted."""
@@ -94,12 +94,20 @@ class RunTable:
         self._known = known
         summaries = name_runs({path: run.entry.run for path, run in known.items()}, self.folder)
         self.found = {run.run_id: (path, known[path].entry.run.run_id) for path, run in summaries.items()}
-        entries = [
-            msgspec.structs.replace(
-                known[path].entry, run=run, name=run.run_id, folder=below(path, self.folder), notes=read_notes(path)
+        entries: list[RunEntry] = []
+        for path, summary in summaries.items():
+            entry, notes = known[path].entry, read_notes(path)
+            health = entry.health if notes is not None else [*entry.health, f"{NOTES_NAME} is not valid"]
+            entries.append(
+                msgspec.structs.replace(
+                    entry,
+                    run=summary,
+                    name=summary.run_id,
+                    folder=below(path, self.folder),
+                    health=health,
+                    notes=notes or Notes(),
+                )
             )
-            for path, run in summaries.items()
-        ]
         return sorted(entries, key=lambda entry: entry.run.started, reverse=True)
 
     def _look_at(self, path: Path, per_run_s: float) -> _Run | None:

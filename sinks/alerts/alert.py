@@ -84,7 +84,7 @@ class Alert(Strict, frozen=True):
                 raise ValueError(f"Alert({field.name}={getattr(self, field.name)!r:.80}): {error}{known}") from None
 
     def check(self) -> None:
-        """Raise `SinkMisconfigured` if there is no such target."""
+        """Raise `SinkMisconfigured` if the target is unknown, or this machine lacks its program."""
         try:
             target_of(self.to)
         except ValueError as error:

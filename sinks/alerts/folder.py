@@ -67,7 +67,7 @@ class FolderAlerts:
             seq = journal_tail(path / JOURNAL_DIR).seq
             await replay(path, [_Following(one, seq) for one in self._alerts], on_health=_report)
         except (RunFolderError, OSError) as error:
-            logger.warning(f"there are no alerts about {path.name}: {error}")
+            logger.warning(f"{path.name} is not watched for alerts any more: {error}")
         else:
             self._followed.discard(path)  # its next attempt
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from live.kit import Told
 
@@ -24,7 +25,7 @@ from events.messages import (
 from events.table.columns import Columns, ordered
 from events.table.conditions import MAX_DEPTH, condition, select
 from events.table.entry import EntryReader, MetricSummary, RunEntry, flattened
-from events.table.notes import NOTES_NAME, Notes, read_notes, write_notes
+from events.table.notes import NOTES_NAME, Notes
 from events.table.table import STORE_NAME, RunTable
 
 
@@ -257,14 +258,15 @@ def test_settings_become_flat_and_bounded() -> None:
 
 
 def test_notes_are_kept_in_the_folder_of_the_run(tmp_path: Path) -> None:
-    """A file that is not valid counts as none: people may edit it."""
+    """People edit the file, so one that is not valid is shown."""
     finish(Told(tmp_path / "demo", "demo"), 1.0)
     notes = Notes("first", ("a", "b"), "a note", "#ff0000")
-    write_notes(tmp_path / "demo", notes)
+    (tmp_path / "demo" / NOTES_NAME).write_bytes(msgspec.json.encode(notes))
     (entry,) = RunTable(tmp_path).look()
     assert (entry.notes, entry.name) == (notes, "demo")
     (row,) = events.runs(tmp_path, where="tags == b")
     assert (row["name"], row["id"], row["tags"]) == ("first", "demo", ["a", "b"])
     for wrong in ('{"colour": "red"}', "[", '{"tags": "a"}', '{"other": 1}'):
         (tmp_path / "demo" / NOTES_NAME).write_text(wrong)
-        assert read_notes(tmp_path / "demo") == Notes()
+        (entry,) = RunTable(tmp_path).look()
+        assert (entry.notes, entry.health) == (Notes(), ["notes.json is not valid"])

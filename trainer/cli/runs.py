@@ -39,8 +39,8 @@ def runs(
     """Print the runs; returns the exit code.
 
     Raises:
-        RunFolderError: There is no such folder.
-        ArgumentsError: A condition cannot be read, or there is no such column.
+        RunFolderError: The folder does not exist.
+        ArgumentsError: A condition cannot be read, or names an unknown column.
     """
     if not Path(folder).is_dir():
         raise RunFolderError(f"{folder} is not a folder; name a run folder, or a folder of run folders")

@@ -228,7 +228,7 @@ def _mesh(options: Fsdp, world: World, arguments: TrainerArguments, device: torc
         )
     if copies == 1:
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    ranks = torch.arange(size, device="cpu").reshape(copies, -1)
+    ranks = torch.arange(size, device="cpu").reshape(copies, -1)  # on the host: reading it waits for nothing
     timeout = timedelta(seconds=arguments.collective_timeout_s)  # torch's own meshes have its default
     subgroups: Any = dist.new_subgroups_by_enumeration
     groups = [subgroups(each.tolist(), timeout=timeout)[0] for each in (ranks.T, ranks)]

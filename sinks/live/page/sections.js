@@ -140,7 +140,7 @@ export class Sections {
     this.app.board.wake();
   }
 
-  /** Arrange the charts anew after a choice of the reader, which the address keeps. */
+  /** Rearrange the charts after the reader has changed a setting; the link keeps it. */
   #rearranged() {
     this.app.keepFragment();
     this.arrange();
