@@ -236,7 +236,7 @@ def test_true_selects_the_defaults(folder: Path) -> None:
             "module: 'nowhere:build'\nsinks: [{path: a}, pigeon, {sink: memory, size: 3}]\ncallbacks: ['jobs.line:No']",
             [
                 "there is no module nowhere",
-                "sinks.0: the name, sink, is missing; installed are console",
+                "sinks.0: the name, sink, is missing; installed are alert, console",
                 "sinks.1: there is no sink 'pigeon'",
                 "sinks.2: the sink 'memory': size: is not known; known are capacity",
                 "callbacks.0.callback = 'jobs.line:No': jobs.line (",

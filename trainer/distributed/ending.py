@@ -75,8 +75,11 @@ def arm(rank: int) -> None:
 
 
 def speaks(rank: int, culprit: int) -> bool:
-    """Whether this rank reports on the terminal that another has failed: one of them must."""
-    return rank == (1 if culprit == 0 else 0)
+    """Whether this rank reports a failure on the terminal: one of the others must, and a culprit that knows of it.
+
+    A rank that is cut off names itself: no other rank can report what it has seen.
+    """
+    return rank in (culprit, 1 if culprit == 0 else 0)
 
 
 def _exit_if_failed() -> None:
