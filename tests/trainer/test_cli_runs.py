@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 from support.command import COMMAND, Stagecast, environment
 from support.training import Net, train
 
@@ -49,6 +51,45 @@ def test_runs_are_printed_as_a_table_json_and_csv(folder: Path, stagecast: Stage
     assert (table[1][1], table[1][3]) == ("0.001", "sweep/run2")
     assert float(table[3][2]) == by_id["run0"]["best.train_loss"]
     assert "best.train_loss" in stagecast("runs", folder, "--columns", "help").out.split()
+
+
+def test_a_report_in_markdown_compares_runs(folder: Path, stagecast: Stagecast, tmp_path: Path) -> None:
+    """Read by a parser of Markdown: the best value is bold, and text of a run makes no markup."""
+    hostile = "a | b *wide* <b> [x](http://x) _y_ `z` val_loss"
+    assert train(Net(), epochs=4, run_dir=folder / "longer", run_id="longer", journal=True).error is None
+    note = f"# no heading\n- no item\n1. no number\n{hostile}"
+    (folder / "run1" / "notes.json").write_text(json.dumps({"name": hostile, "note": note, "tags": ["2. best"]}))
+    code, out, err = stagecast("report", folder, folder / "run0", "--markdown")
+    assert (code, err) == (0, "")
+    tokens = MarkdownIt("commonmark").enable("table").parse(out)
+    headings = [tokens[at + 1].content for at, token in enumerate(tokens) if token.type == "heading_open"]
+    assert headings[:2] == ["4 runs", "What differs"]
+    assert len(headings) == 6, "each run once"
+    inline = [token for token in tokens if token.type == "inline"]
+    texts = ["".join(part.content for part in token.children or ()) for token in inline]
+    assert texts.count(hostile) == 3, "in both tables, and as a heading"
+    assert "# no heading- no item1. no number" + hostile in texts, "one paragraph"
+    assert "tags: 2. best" in texts
+    assert any(re.fullmatch(r"commit: [0-9a-f]{40}( with changes)?", text) for text in texts)
+    rows = out[out.index("| run |") : out.index("##")].strip().split("\n")
+    assert rows[0].startswith("| run | status | step | duration | best val_loss |")
+    best = [row["best.val_loss"] for row in events.runs(folder)]
+    bold = ["**" in row.split(" | ")[-3] for row in rows[2:]]
+    assert bold == [value == min(best) for value in best]
+    assert 0 < sum(bold) < len(bold)
+    differing = out[out.index("| hyperparameter") :].split("\n")
+    assert "| lr |  | 0.0010 | 0.0100 | 0.1000 |" in differing
+
+    file = tmp_path / "runs.md"
+    assert stagecast("report", folder / "run0", "--markdown", "--out", file) == (0, f"{file}\n", "")
+    assert file.read_text().startswith("# run0\n"), "one run has no table of what differs"
+    assert "What differs" not in file.read_text()
+    code, out, err = stagecast("report", folder / "run0", "--markdown", "--out", file)
+    assert (code, out) == (1, "")
+    assert "runs.md exists; use another name, or --force" in err
+    code, out, err = stagecast("report", tmp_path / "none", "--markdown")
+    assert (code, out) == (1, "")
+    assert "is not a folder; name a run folder, or a folder of run folders" in err
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])

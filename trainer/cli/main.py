@@ -272,13 +272,15 @@ def _add_readers(commands: _Commands) -> None:
     report = _add(
         commands,
         "report",
-        "write a run's charts to one HTML file",
+        "write a run's charts to one HTML file, or its results as Markdown",
         "The file has the charts, checkpoints and log of the run. It needs no server and loads nothing from the"
-        " network. Several runs are compared in one file.",
+        " network. Several runs are compared in one file. As Markdown, the runs of a folder are compared too: results,"
+        " the hyperparameters that differ, commits and commands.",
     )
     report.rest = "run_dirs"
     report.add_argument("run_dirs", nargs="+", metavar="RUN", help="a run folder")
-    report.add_argument("--out", metavar="FILE.html", help="the file to write (default: RUN.html)")
+    report.add_argument("--markdown", action="store_true", help="print Markdown, or write it to the file of --out")
+    report.add_argument("--out", metavar="FILE", help="the file to write (default: RUN.html)")
     report.add_argument("--force", action="store_true", help="replace an existing file")
 
 

@@ -103,7 +103,7 @@ def _print_csv(entries: Sequence[RunEntry], chosen: Sequence[Column]) -> None:
 
 def _print_table(entries: Sequence[RunEntry], chosen: Sequence[Column], is_asked: bool) -> None:
     width = max(_LEAST_WIDTH, shutil.get_terminal_size((_PIPE_WIDTH, 24)).columns)
-    texts = [[plain_text(one.name, 300), *(_shown(one, entry) for entry in entries)] for one in chosen]
+    texts = [[plain_text(one.name, 300), *(value_text(one, entry) for entry in entries)] for one in chosen]
     widths = _fitted([min(_MOST_CELLS, max(map(cells, column))) for column in texts], width)
     shown = [
         [_padded(text, size, is_right=_is_number(one, entries)) for text in column]
@@ -148,7 +148,7 @@ def _is_number(column: Column, entries: Sequence[RunEntry]) -> bool:
     return any(isinstance(value := column.of(entry), int | float) and not isinstance(value, bool) for entry in entries)
 
 
-def _shown(column: Column, entry: RunEntry) -> str:
+def value_text(column: Column, entry: RunEntry) -> str:
     """Return a value in a few characters, as a printable line."""
     value = column.of(entry)
     if value is None:
