@@ -237,7 +237,7 @@ async def test_a_stream_begins_anywhere_in_a_long_history(nats_server: NatsServe
             await stream.aclose()
         now = run.events(types=[TrainEpochEnded])
         with anyio.fail_after(20):
-            while now.cursor != len(events):  # until the server has said where the stream begins
+            while now.cursor != len(events):  # noqa: ASYNC110  # the server says where the stream begins
                 await anyio.sleep(0.01)
         last = [one(TrainEpochEnded), *one.steps(1), one.ended()]
         await publish(nats_server.url, last)
