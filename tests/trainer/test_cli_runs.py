@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -87,6 +88,9 @@ def test_a_report_in_markdown_compares_runs(folder: Path, stagecast: Stagecast, 
     code, out, err = stagecast("report", folder / "run0", "--markdown", "--out", file)
     assert (code, out) == (1, "")
     assert "runs.md exists; use another name, or --force" in err
+    shutil.copytree(folder / "run0", tmp_path / "copy")
+    titles = re.findall("^## (/.*)", stagecast("report", folder / "run0", tmp_path / "copy", "--markdown").out, re.M)
+    assert titles == [str(folder / "run0"), str(tmp_path / "copy")], "two runs of one name"
     code, out, err = stagecast("report", tmp_path / "none", "--markdown")
     assert (code, out) == (1, "")
     assert "is not a folder; name a run folder, or a folder of run folders" in err

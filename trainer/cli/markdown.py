@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+import msgspec
 
 from events.errors import RunFolderError
 from events.table.columns import FIXED, Column, Columns
@@ -26,6 +29,8 @@ _SPECIAL = re.compile(r"[\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_])|^\s*[-+#=]|^\s*
 def entries_of(folders: Sequence[str]) -> list[RunEntry]:
     """Return the entries of run folders, and of the runs in other folders, each once. Waits for the disk.
 
+    Runs of one name are named by their folders.
+
     Raises:
         RunFolderError: A folder does not exist, or has no runs.
     """
@@ -39,7 +44,11 @@ def entries_of(folders: Sequence[str]) -> list[RunEntry]:
             raise RunFolderError(f"{folder} has no runs; name a run folder, or a folder of run folders")
         for entry in entries:
             found.setdefault(table.found[entry.name][0].resolve(), entry)
-    return list(found.values())
+    count = Counter(entry.name for entry in found.values())
+    return [
+        msgspec.structs.replace(entry, name=str(path)) if count[entry.name] > 1 else entry
+        for path, entry in found.items()
+    ]
 
 
 def markdown(entries: Sequence[RunEntry]) -> str:
