@@ -49,8 +49,8 @@ class GradientCheck:
         """Check the gradients of a step.
 
         Returns:
-            A float32 scalar ``()`` on a device of the gradients, positive if any element is not finite. None if there
-            are no gradients.
+            A float32 scalar ``()`` on a device of the gradients, positive if any element is not finite. None without
+            gradients.
         """
         if not gradients:
             return None
