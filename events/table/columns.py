@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from events.errors import ArgumentsError
 from events.strict import nearest
-from events.table.entry import MetricSummary, RunEntry
+from events.table.entry import MetricSummary, RunEntry, as_json
 
 Value = str | int | float | bool | tuple[str, ...] | None
 
@@ -65,8 +65,10 @@ class Columns:
     last value of a metric.
     """
 
-    def __init__(self, entries: Iterable[RunEntry]) -> None:
+    def __init__(self, entries: Iterable[RunEntry], listed: str = "--columns=help lists them") -> None:
+        """Args: ``listed``: where a reader finds the columns, for the message about one that no run has."""
         entries = list(entries)
+        self._listed = listed
         self._is_empty = not entries
         self.config = list(dict.fromkeys(name for entry in entries for name in entry.config))
         self.metrics = list(dict.fromkeys(name for entry in entries for name in entry.metrics))
@@ -102,7 +104,7 @@ class Columns:
             return Column(name, lambda entry: None)
         if found is None:
             near = nearest(name, [*FIXED, *self.config, *self.metrics, *self.names], {})
-            hint = f"did you mean {near}?" if near is not None else "--columns=help lists them"
+            hint = f"did you mean {near}?" if near is not None else self._listed
             raise ArgumentsError(f"{name!r:.100} is not a column of these runs; {hint}")
         return found
 
@@ -127,6 +129,45 @@ def row(entry: RunEntry) -> dict[str, Any]:
     for name, metric in entry.metrics.items():
         found |= {f"last.{name}": metric.last, f"best.{name}": metric.best}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def page_row(entry: RunEntry) -> dict[str, Any]:
+    """Return a run as a row of the page's table and of a report: plain data, which JSON can hold.
+
+    It changes only with the run and its notes: the duration of a running run ends at its newest event. Numbers that are
+    not finite are ``"nan"``, ``"inf"`` or ``"-inf"``. A metric is ``[last, best, best_step, epochs_since_best,
+    is_least_best]``, where ``best`` is None without a finite value.
+    """
+    run, notes = entry.run, entry.notes
+    found: dict[str, Any] = {name: FIXED[name](entry) for name in _ON_PAGE}
+    return found | {
+        "name": entry.name,
+        "health": list(entry.health),
+        "problems": list(run.problems),
+        "duration_s": entry.duration_s(run.updated),
+        "monitored": entry.monitored,
+        "notes": {"name": notes.name, "tags": list(notes.tags), "note": notes.note, "colour": notes.colour},
+        "config": {name: as_json(one) if isinstance(one, float) else one for name, one in entry.config.items()},
+        "metrics": {name: _page_metric(metric) for name, metric in entry.metrics.items()},
+    }
+
+
+_ON_PAGE = (
+    *("folder", "status", "step", "total_steps", "progress", "left_s", "epoch", "started", "updated"),
+    *("commit", "dirty", "command", "module", "device", "host", "attempt"),
+)
+
+
+def _page_metric(metric: MetricSummary) -> list[Any]:
+    best = metric.best
+    has_best = not math.isnan(best)
+    return [
+        as_json(metric.last),
+        best if has_best else None,
+        metric.best_step if has_best else None,
+        metric.epochs_since_best if has_best else None,
+        metric.is_least_best,
+    ]
 
 
 def ordered(entries: Sequence[RunEntry], names: Sequence[str], columns: Columns) -> list[RunEntry]:

@@ -41,6 +41,8 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d([T ][\d:.+Z-]+)?")
 _GROUPS = re.compile(r"\(\?(<?[=!]|P?<\w+>|P=\w+)")
 
 Condition = Callable[[RunEntry], bool]
+Search = Callable[[str], object]
+"""Searches a regular expression in a text; truthy if it is found."""
 
 
 class _Token(NamedTuple):
@@ -54,11 +56,22 @@ class _Operand(NamedTuple):
     """An unquoted word that is not a column, which may be a text."""
 
 
-def select(entries: Sequence[RunEntry], filters: Sequence[str], columns: Columns) -> list[RunEntry]:
+def search_of(pattern: str) -> Search:
+    """Compile a regular expression of the user, who may wait for it. Raises `ArgumentsError`."""
+    try:
+        return re.compile(pattern).search
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ArgumentsError(f"{pattern!r:.100} is not a regular expression: {error}") from None
+
+
+def select(
+    entries: Sequence[RunEntry], filters: Sequence[str], columns: Columns, search: Callable[[str], Search] = search_of
+) -> list[RunEntry]:
     """Return the runs that fulfil all filters.
 
     Args:
         filters: Each a condition, or, where it has no comparison, a regular expression that is searched in the name.
+        search: Compiles a regular expression; one of a stranger may take for ever in `search_of`.
 
     Raises:
         ArgumentsError: One cannot be read, or names an unknown column.
@@ -67,7 +80,7 @@ def select(entries: Sequence[RunEntry], filters: Sequence[str], columns: Columns
     for text in filters:
         if not text.strip():
             continue
-        fulfils = condition(text, columns) if is_condition(text) else _named(text)
+        fulfils = condition(text, columns, search) if is_condition(text) else _named(text, search)
         found = [entry for entry in found if fulfils(entry)]
     return found
 
@@ -77,30 +90,28 @@ def is_condition(text: str) -> bool:
     return re.search("[<>=~]", _GROUPS.sub("", text)) is not None
 
 
-def condition(text: str, columns: Columns) -> Condition:
+def condition(text: str, columns: Columns, search: Callable[[str], Search] = search_of) -> Condition:
     """Compile a condition. Raises `ArgumentsError`."""
     if len(text) > MAX_CHARS:
         raise ArgumentsError(f"the condition has {len(text):,} characters, more than {MAX_CHARS:,}; shorten it")
-    return _ConditionParser(text, columns).condition()
+    return _ConditionParser(text, columns, search).condition()
 
 
-def _named(text: str) -> Condition:
-    pattern = _pattern(text)
-    return lambda entry: any(pattern.search(name) for name in {entry.name, entry.notes.name} if name)
+def _named(text: str, search: Callable[[str], Search]) -> Condition:
+    is_in = _pattern(text, search)
+    return lambda entry: any(is_in(name) for name in {entry.name, entry.notes.name} if name)
 
 
-def _pattern(text: str) -> re.Pattern[str]:
+def _pattern(text: str, search: Callable[[str], Search]) -> Search:
     if len(text) > MAX_CHARS:
         raise ArgumentsError(f"the pattern has {len(text):,} characters, more than {MAX_CHARS:,}; shorten it")
-    try:
-        return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ArgumentsError(f"{text!r:.100} is not a regular expression: {error}") from None
+    return search(text)
 
 
 class _ConditionParser:
-    def __init__(self, text: str, columns: Columns) -> None:
+    def __init__(self, text: str, columns: Columns, search: Callable[[str], Search]) -> None:
         self._columns = columns
+        self._search = search
         self._tokens = _tokens(text)
         self._next = 0
         self._depth = 0
@@ -174,9 +185,9 @@ class _ConditionParser:
         """Return the value of an operand that must not be an unknown word."""
         return operand.of if operand.word is None else self._columns.column(operand.word).of
 
-    def _literal(self, operand: _Operand) -> re.Pattern[str]:
+    def _literal(self, operand: _Operand) -> Search:
         value = operand.of(RunEntry())
-        return _pattern(value if isinstance(value, str) else str(value))
+        return _pattern(value if isinstance(value, str) else str(value), self._search)
 
     def _peek(self) -> _Token | None:
         return self._tokens[self._next] if self._next < len(self._tokens) else None
@@ -245,10 +256,10 @@ def _equal(left: Callable[[RunEntry], Value], right: Callable[[RunEntry], Value]
     return fulfils
 
 
-def _search(value: Callable[[RunEntry], Value], pattern: re.Pattern[str], *, is_negated: bool) -> Condition:
+def _search(value: Callable[[RunEntry], Value], is_in: Search, *, is_negated: bool) -> Condition:
     def fulfils(entry: RunEntry) -> bool:
         found = value(entry)
         texts = found if isinstance(found, tuple) else () if found is None else (str(found),)
-        return any(pattern.search(text) for text in texts) != is_negated
+        return any(is_in(text) for text in texts) != is_negated
 
     return fulfils

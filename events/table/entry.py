@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import msgspec
 
 from events.bounds import MAX_ENTRIES, BoundDict, BoundList, BoundName, BoundText, Count, Int64
+from events.health import Health
 from events.journal.history import history_filter
 from events.journal.reader import JournalReader
 from events.journal.segment import JOURNAL_DIR, journal_head
@@ -180,7 +181,7 @@ class EntryReader:
         add_damage(run, damage_of(self._run_dir) or damage_in(self._reader))
         run.settle(is_held=held)
         entry.left_s = self._state.run_left_s if run.status == "running" and not self.is_behind else None
-        entry.health = self._health(run)
+        entry.health = health_of(run, self._metrics, self._state.health)
         return entry
 
     def _next(self, until: float, *, is_over: bool) -> Sequence[Event] | None:
@@ -220,7 +221,7 @@ class EntryReader:
         if metric is None:
             if len(self._metrics) >= MAX_ENTRIES:
                 return
-            metric = self._metrics[name] = MetricSummary(is_least_best=_is_least_best(name))
+            metric = self._metrics[name] = MetricSummary(is_least_best=is_least_best(name))
         metric.add(value, step, epoch)
 
     def _entry(self) -> RunEntry:
@@ -245,24 +246,24 @@ class EntryReader:
             run.latest = dict(list(run.latest.items())[:MAX_ENTRIES])
         return msgspec.structs.replace(self._glimpsed, problems=self._state.health.problems)
 
-    def _health(self, run: Summary) -> list[str]:
-        found = ["damaged"] if run.damage is not None else []
-        found += [
-            f"{name} NaN since step {metric.bad_since:,}"
-            for name, metric in self._metrics.items()
-            if metric.bad_since is not None and not name.startswith(("system/", "ledger/"))
-        ]
-        health = self._state.health
-        found += [f"{one.name} {one.state}" for one in health.observers.values() if one.state != "ok"]
-        found += ["checkpoint failing"] if health.has_failing_checkpoints else []
-        entry = RunEntry(run, metrics=self._metrics)
-        if (name := entry.monitored) is not None:
-            epochs = self._metrics[name].epochs_since_best
-            found += [f"{name} not improved for {epochs:,} epochs"] if epochs >= _STALE_EPOCHS else []
-        idle, wall = self._metrics.get("ledger/device_idle_s"), self._metrics.get("ledger/wall_s")
-        if idle is not None and wall is not None and wall.last > 0 and idle.last / wall.last >= _IDLE:
-            found.append(f"device idle {idle.last / wall.last:.0%}")
-        return [plain_text(one, 200) for one in found[:_MAX_HEALTH]]
+
+def health_of(run: Summary, metrics: dict[str, MetricSummary], health: Health) -> list[str]:
+    """Return what is unhealthy in a few words each, the gravest first, at most 20."""
+    found = ["damaged"] if run.damage is not None else []
+    found += [
+        f"{name} NaN since step {metric.bad_since:,}"
+        for name, metric in metrics.items()
+        if metric.bad_since is not None and not name.startswith(("system/", "ledger/"))
+    ]
+    found += [f"{one.name} {one.state}" for one in health.observers.values() if one.state != "ok"]
+    found += ["checkpoint failing"] if health.has_failing_checkpoints else []
+    if (name := RunEntry(run, metrics=metrics).monitored) is not None:
+        epochs = metrics[name].epochs_since_best
+        found += [f"{name} not improved for {epochs:,} epochs"] if epochs >= _STALE_EPOCHS else []
+    idle, wall = metrics.get("ledger/device_idle_s"), metrics.get("ledger/wall_s")
+    if idle is not None and wall is not None and wall.last > 0 and idle.last / wall.last >= _IDLE:
+        found.append(f"device idle {idle.last / wall.last:.0%}")
+    return [plain_text(one, 200) for one in found[:_MAX_HEALTH]]
 
 
 def as_json(value: float) -> Any:
@@ -297,6 +298,6 @@ def _scalar(value: object) -> Scalar:
     return msgspec.json.encode(value).decode()[:4_000]
 
 
-def _is_least_best(name: str) -> bool:
+def is_least_best(name: str) -> bool:
     """Guess from a metric's name, for one that no checkpoint is chosen by: the least loss or time is the best."""
     return not _LEAST_WORDS.isdisjoint(re.split("[^a-z]+", name.lower()))

@@ -11,6 +11,8 @@ from events.bounds import MAX_NAME_CHARS
 from events.safe_files import read_below
 
 NOTES_NAME = "notes.json"
+NOTES_INVALID = f"{NOTES_NAME} is not valid"
+"""What `health` reports of a file that cannot be read."""
 MAX_TAGS = 50
 MAX_NOTE_CHARS = 4_000
 _MOST_BYTES = 256 * 1_024

@@ -18,7 +18,7 @@ from events.run.summary import Summary
 from events.safe_files import guard, read_below, replace_below, stat_below
 from events.table.entry import EntryReader, RunEntry
 from events.table.folders import below, name_runs, run_folders
-from events.table.notes import NOTES_NAME, Notes, read_notes
+from events.table.notes import NOTES_INVALID, Notes, read_notes
 
 STORE_NAME = "entry.msgpack"
 """File in the run folder with the cached entry of a run that is over. It may be deleted."""
@@ -71,6 +71,11 @@ class RunTable:
         self.found: dict[str, tuple[Path, str]] = {}
         """Folder and own ``run_id`` of each run, by its name in the table."""
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether some journals were not read to their end: their entries lack values from the middle."""
+        return any(run.reader is not None and run.reader.is_behind for run in self._known.values())
+
     def look(self, first_s: float = math.inf, known_s: float = math.inf, per_run_s: float = math.inf) -> list[RunEntry]:
         """Return the entries, the newest run first. Waits for the disk.
 
@@ -97,7 +102,7 @@ class RunTable:
         entries: list[RunEntry] = []
         for path, summary in summaries.items():
             entry, notes = known[path].entry, read_notes(path)
-            health = entry.health if notes is not None else [*entry.health, f"{NOTES_NAME} is not valid"]
+            health = entry.health if notes is not None else [*entry.health, NOTES_INVALID]
             entries.append(
                 msgspec.structs.replace(
                     entry,

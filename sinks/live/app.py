@@ -7,6 +7,7 @@ its connections itself when the server shuts down (`sinks.live.shutdown`).
 ========================================  ================================================================
 ``GET /``                                 the page
 ``GET /api/runs``                         the list of runs
+``GET /api/table``                        the table of runs, those that fulfil ``?filter=CONDITION``
 ``GET /api/runs/RUN_ID``                  a snapshot of one run
 ``GET /api/runs/RUN_ID/events``           the snapshot, then frames, as Server-Sent Events
 ``WS /api/runs/RUN_ID/ws``                the same, and commands; the first message is the client's ``hello``
@@ -66,6 +67,7 @@ from sinks.live.responses import (
     unchanged,
 )
 from sinks.live.runs import Runs, runs_of
+from sinks.live.table import TableEndpoint
 
 MOST_FOLLOWERS = 64
 """Maximum responses with a journal at a time, because each holds a part of it in memory; further ones get 503."""
@@ -98,6 +100,7 @@ class LiveApp:
         self._followers = Limit(min(MOST_FOLLOWERS, max(1, most_clients // 4)), "journals")
         self._images = Limit(min(MOST_IMAGES, max(1, most_clients // 4)), "images")
         self._unread = Unread()
+        self._table = TableEndpoint(self._runs, self._unread)
         self._page = read_page()
         run = "/api/runs/{run_id}"
         self._router = Router(
@@ -105,6 +108,7 @@ class LiveApp:
                 Route("/", self._page_file),
                 Route("/page/{name}", self._page_file),
                 Route("/api/runs", self._list_runs),
+                Route("/api/table", self._list_rows),
                 Route(run, self._snapshot),
                 Route(f"{run}/events", self._events),
                 Route(f"{run}/journal", self._journal),
@@ -178,6 +182,9 @@ class LiveApp:
 
     async def _list_runs(self, request: HttpRequest) -> Response:
         return JsonResponse({"runs": await self._runs.summaries(self._access.commands)}, unread=self._unread)
+
+    async def _list_rows(self, request: HttpRequest) -> Response:
+        return await self._table.get(request, commands=self._access.commands)
 
     async def _snapshot(self, request: HttpRequest) -> Response:
         hub = await self._hub(request)

@@ -26,6 +26,9 @@ from events.protocol import AnyCommand
 from events.run.inbox import commands_of
 from events.run.summary import Summary
 from events.run.trim import trimmed
+from events.table.entry import RunEntry
+from events.table.notes import NOTES_INVALID, Notes, read_notes
+from sinks.live.entry import entry_of
 from sinks.live.frames import Message, RecentFrames, encode
 from sinks.live.stored import read_view
 from sinks.live.view import Changes, RunView
@@ -144,6 +147,15 @@ class Hub:
         """Return the run's entry in the list of runs."""
         with self._lock:
             return msgspec.structs.replace(self.view.run, commands=self.takes_commands)
+
+    def entry(self) -> RunEntry:
+        """Return the run's row in the table of runs, with its notes. Any thread; waits for the disk."""
+        with self._lock:
+            entry = entry_of(self.view)
+        notes = read_notes(self.run_dir) if self.run_dir is not None else Notes()
+        entry.health += [] if notes is not None else [NOTES_INVALID]
+        entry.notes = notes or Notes()
+        return entry
 
     @property
     def is_watched(self) -> bool:

@@ -41,6 +41,15 @@ class Runs(Protocol):
         """Return an entry for each run, the newest first."""
         ...
 
+    async def entries(self) -> list[RunEntry]:
+        """Return a row of the table for each run, the newest first."""
+        ...
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the last entries lack runs, or values of long journals, which a later call has."""
+        ...
+
     async def hub(self, run_id: str) -> Hub | None:
         """Return the hub of a run; None without such a run."""
         ...
@@ -49,13 +58,23 @@ class Runs(Protocol):
 class OneRun:
     """The run of a sink."""
 
+    is_behind = False
+
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
+
+    @functools.cached_property
+    def _limiter(self) -> anyio.CapacityLimiter:
+        return anyio.CapacityLimiter(1)
 
     async def summaries(self, commands: bool) -> list[Summary]:
         """Return the entry of this run."""
         self._hub.allows_commands = commands
         return [self._hub.summary()]
+
+    async def entries(self) -> list[RunEntry]:
+        """Return its entry, from its curves in memory: the journal would have to be read. On a thread."""
+        return [await anyio.to_thread.run_sync(self._hub.entry, limiter=self._limiter)]
 
     async def hub(self, run_id: str) -> Hub | None:
         """Return its hub, if that is its name."""
@@ -97,6 +116,11 @@ class RunsOfFolder:
     async def entries(self) -> list[RunEntry]:
         """Return the entries of the runs, the newest first. Waits for the disk, on a thread."""
         return await self._look_again()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the last look has skipped new runs, or parts of long journals, which a later one reads."""
+        return self._table.is_behind or self._table.is_reading
 
     async def hub(self, run_id: str) -> Hub | None:
         """Return a run's hub by its name in the list. Waits for the disk, on a thread."""
@@ -157,6 +181,8 @@ def runs_of(given: Runs | str | os.PathLike[str]) -> Runs:
     """
     if isinstance(given, str | os.PathLike):
         return RunsOfFolder(given)
-    if isinstance(given, type) or not all(callable(getattr(given, name, None)) for name in ("summaries", "hub")):
+    if isinstance(given, type) or not all(
+        callable(getattr(given, name, None)) for name in ("summaries", "entries", "hub")
+    ):
         raise ArgumentsError(f"runs must be a folder or RunsOfFolder(folder), not {given!r:.80}")
     return given

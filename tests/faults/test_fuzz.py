@@ -381,8 +381,8 @@ REFUSED = {"400", "401", "403", "404", "405", "421"}
 ways = st.sampled_from([(path, method) for path, methods in API["paths"].items() for method in methods])
 digits = st.sampled_from(["0", "-1", "7", str(2**63), "9" * 400, "9" * 5_000, "1e3", "\u0663"])
 parameters = st.dictionaries(
-    st.sampled_from(["since", "attempt", "follow", "mode", "token", "x"]),
-    st.one_of(digits, texts),
+    st.sampled_from(["since", "attempt", "follow", "mode", "token", "filter", "x"]),
+    st.one_of(digits, texts, st.sampled_from(["step > 0", "name ~ '('", "(a+)+$"])),
     max_size=3,
 )
 headers = st.dictionaries(

@@ -96,7 +96,9 @@ def get(server: Server, path: str, **options: Any) -> httpx.Response:
     return httpx.get(server.url + path, **options)
 
 
-@pytest.mark.parametrize("path", ["api/runs", "api/runs/demo", "api/runs/demo/events", "api/runs/demo/journal"])
+@pytest.mark.parametrize(
+    "path", ["api/runs", "api/table", "api/runs/demo", "api/runs/demo/events", "api/runs/demo/journal"]
+)
 def test_without_the_token_nothing_is_served(server: Server, path: str) -> None:
     """Nor with a wrong one, nor with the right one in the address, where logs would have it."""
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {TOKEN}"}):
@@ -276,6 +278,7 @@ ADDRESSES = [
         "/page/../page/live.js",
         "/api/runs",
         "/api/runs/",
+        "/api/table",
         "/%61pi/runs",
         "/api%2Fruns",
         "//api/runs",
@@ -301,7 +304,7 @@ def test_a_check_of_the_host_guards_every_address(told: Told, check: Any) -> Non
             assert answer.status_code == 403 or "//" in path, (method, path)
             assert "demo" not in answer.text
     passed = {"cookie": "other=1; user=ada"}
-    for path in ("/", "/page/live.js", "/api/runs", "/api/runs/demo", "/api/runs/demo/journal"):
+    for path in ("/", "/page/live.js", "/api/runs", "/api/table", "/api/runs/demo", "/api/runs/demo/journal"):
         assert ask(app, "GET", path, passed).status_code == 200, path
         assert ask(app, "HEAD", path, passed).status_code in (200, 405), path
 
