@@ -46,6 +46,10 @@ class Summary(msgspec.Struct, omit_defaults=False):
     paused: bool = False
     commands: bool = False
     latest: BoundDict[float | NonFinite] = {}
+    label: BoundName = ""
+    """Name in `events.table.notes`, which people see in place of ``run_id``..."""
+    colour: BoundName = ""
+    """...and the run's colour there: ``#rrggbb``."""
 
     def settle(self, *, is_held: bool) -> None:
         """Set the status of a run without `RunEnded`: whether it is running, lost or damaged.

@@ -103,6 +103,8 @@ class RunTable:
         for path, summary in summaries.items():
             entry, notes = known[path].entry, read_notes(path)
             health = entry.health if notes is not None else [*entry.health, NOTES_INVALID]
+            notes = notes or Notes()
+            summary.label, summary.colour = notes.name, notes.colour
             entries.append(
                 msgspec.structs.replace(
                     entry,
@@ -110,7 +112,7 @@ class RunTable:
                     name=summary.run_id,
                     folder=below(path, self.folder),
                     health=health,
-                    notes=notes or Notes(),
+                    notes=notes,
                 )
             )
         return sorted(entries, key=lambda entry: entry.run.started, reverse=True)

@@ -65,8 +65,8 @@ class Request(HTTPConnection):
 
     @property
     def command(self) -> bool:
-        """Whether the request is a command: pause, stop, take a checkpoint."""
-        return self.run_id is not None and self.path.split("/")[3:] == ["commands"]
+        """Whether the request is a command: pause, stop, take a checkpoint, change the notes about a run."""
+        return self.run_id is not None and self.path.split("/")[3:] in (["commands"], ["notes"])
 
     def as_command(self) -> Request:
         """Return the request that posts a command to the same run."""

@@ -13,6 +13,7 @@ its connections itself when the server shuts down (`sinks.live.shutdown`).
 ``WS /api/runs/RUN_ID/ws``                the same, and commands; the first message is the client's ``hello``
 ``GET /api/runs/RUN_ID/journal``          the events behind ``?since=SEQ``, as JSON lines
 ``POST /api/runs/RUN_ID/commands``        a command
+``POST /api/runs/RUN_ID/notes``           a change of its name, colour, note and tags
 ``GET /api/runs/RUN_ID/media/PATH``       an image in the run folder
 ========================================  ================================================================
 """
@@ -113,6 +114,7 @@ class LiveApp:
                 Route(f"{run}/events", self._events),
                 Route(f"{run}/journal", self._journal),
                 Route(f"{run}/commands", self._post_command, methods=["POST"]),
+                Route(f"{run}/notes", self._post_notes, methods=["POST"]),
                 Route(f"{run}/media/{{path:path}}", self._image),
                 WebSocketRoute(f"{run}/ws", self._watch),
             ],
@@ -205,16 +207,13 @@ class LiveApp:
 
     async def _post_command(self, request: HttpRequest) -> Response:
         hub = await self._hub(request)
-        # A form of another site cannot send this type: the browser would need our permission first.
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise Refused(415, "a command has the content type application/json")
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MOST_INBOUND:
-                raise Refused(413, f"a command has at most {MOST_INBOUND} bytes")
-        answer = await self._command(hub, body)
+        answer = await self._command(hub, await _body_of(request))
         return JsonResponse(answer, 202 if answer["type"] == "sent" else 409 if self._access.commands else 403)
+
+    async def _post_notes(self, request: HttpRequest) -> Response:
+        if not self._access.commands:
+            raise Refused(403, "this server takes no commands, and notes are one; stagecast watch --commands does")
+        return await self._table.note(await self._hub(request), await _body_of(request))
 
     async def _command(self, hub: Hub, data: bytes, request: Request | None = None) -> dict[str, str | None]:
         """Send a command to the run, if the host's check allows ``request``; return the answer."""
@@ -330,6 +329,19 @@ class LiveApp:
         hub.allows_commands = self._access.commands
         hub.asked_at = time.monotonic()
         return hub
+
+
+async def _body_of(request: HttpRequest) -> bytes:
+    """Receive a command. Raises `Refused`."""
+    # A form of another site cannot send this type: the browser would need our permission first.
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise Refused(415, "a command has the content type application/json")
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_INBOUND:
+            raise Refused(413, f"a command has at most {MOST_INBOUND} bytes")
+    return body
 
 
 async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:

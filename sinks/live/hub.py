@@ -157,6 +157,10 @@ class Hub:
         entry.notes = notes or Notes()
         return entry
 
+    def notes(self) -> Notes:
+        """Return the valid notes about the run. Any thread; waits for the disk."""
+        return (read_notes(self.run_dir) if self.run_dir is not None else None) or Notes()
+
     @property
     def is_watched(self) -> bool:
         """Whether the run has clients."""

@@ -50,6 +50,11 @@ class Runs(Protocol):
         """Whether the last entries lack runs, or values of long journals, which a later call has."""
         ...
 
+    @property
+    def keeps_notes(self) -> bool:
+        """Whether people may note something about a run in its folder."""
+        ...
+
     async def hub(self, run_id: str) -> Hub | None:
         """Return the hub of a run; None without such a run."""
         ...
@@ -67,10 +72,16 @@ class OneRun:
     def _limiter(self) -> anyio.CapacityLimiter:
         return anyio.CapacityLimiter(1)
 
+    @property
+    def keeps_notes(self) -> bool:
+        """Whether the run has a folder."""
+        return self._hub.run_dir is not None
+
     async def summaries(self, commands: bool) -> list[Summary]:
         """Return the entry of this run."""
         self._hub.allows_commands = commands
-        return [self._hub.summary()]
+        notes = await anyio.to_thread.run_sync(self._hub.notes, limiter=self._limiter)
+        return [msgspec.structs.replace(self._hub.summary(), label=notes.name, colour=notes.colour)]
 
     async def entries(self) -> list[RunEntry]:
         """Return its entry, from its curves in memory: the journal would have to be read. On a thread."""
@@ -88,11 +99,16 @@ class RunsOfFolder:
     ``run_id``, unless another has it or it is not a printable name (`events.table.folders.name_runs`). Links in the
     folder are not followed (`events.table.table.RunTable`).
 
+    Args:
+        folder: It may not exist yet.
+        keeps_notes: Whether people may note something about a run; not in a folder of copies.
+
     Raises:
         ArgumentsError: ``folder`` is not a path.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, keeps_notes: bool = True) -> None:
+        self.keeps_notes = keeps_notes
         if not isinstance(folder, str | os.PathLike):
             raise ArgumentsError(f"RunsOfFolder({folder!r:.80}) is not a path; give it the folder of the runs: 'runs'")
         self._table = RunTable(folder)

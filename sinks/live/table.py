@@ -18,14 +18,16 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from events.errors import ArgumentsError
+from events.errors import ArgumentsError, RunFolderError
 from events.table.columns import Columns, page_row
 from events.table.conditions import MAX_CHARS, Search, select
 from events.table.entry import RunEntry
+from events.table.notes import NotesChange, write_notes
 from sinks.live.access import Refused
 from sinks.live.bounds import Unread
 from sinks.live.frames import encode
-from sinks.live.responses import BoundedResponse, gzipped
+from sinks.live.hub import Hub
+from sinks.live.responses import BoundedResponse, JsonResponse, gzipped
 from sinks.live.runs import Runs
 
 _SEARCH_S = 1.0
@@ -83,7 +85,7 @@ class TableRows:
 
 
 class TableEndpoint:
-    """Answers ``GET /api/table``."""
+    """Answers ``GET /api/table``, and changes notes."""
 
     def __init__(self, runs: Runs, unread: Unread) -> None:
         self._runs = runs
@@ -102,7 +104,8 @@ class TableEndpoint:
             commands: Whether the server takes commands, which include notes.
         """
         entries = await self._runs.entries()
-        state = {"total": len(entries), "is_behind": self._runs.is_behind, "commands": commands}
+        notes = commands and self._runs.keeps_notes
+        state = {"total": len(entries), "is_behind": self._runs.is_behind, "notes": notes}
         query = request.query_params
 
         def answer() -> Response:
@@ -118,6 +121,20 @@ class TableEndpoint:
             )
 
         return await anyio.to_thread.run_sync(answer, limiter=self._limiter)
+
+    async def note(self, hub: Hub, body: bytes) -> Response:
+        """Change the notes about a run; return all of them. Raises `Refused`."""
+        run_dir = hub.run_dir
+        if run_dir is None or not self._runs.keeps_notes:
+            raise Refused(409, "the folder of this run is not here; note it on the machine that has it")
+        try:
+            change = msgspec.json.decode(body, type=NotesChange)
+            notes = await anyio.to_thread.run_sync(write_notes, run_dir, change, limiter=self._limiter)
+            return JsonResponse(msgspec.structs.asdict(notes))
+        except (msgspec.DecodeError, ArgumentsError, RecursionError) as error:
+            raise Refused(400, str(error)) from None
+        except (RunFolderError, OSError, ValueError) as error:
+            raise Refused(409, f"the notes cannot be written: {error}") from None
 
 
 def _selected(entries: Sequence[RunEntry], filters: Sequence[str]) -> list[str]:

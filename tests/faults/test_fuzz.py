@@ -396,6 +396,7 @@ headers = st.dictionaries(
 usual = {"host": "127.0.0.1", "authorization": "Bearer fuzz-token", "content-type": "application/json"}
 bodies = st.one_of(
     st.one_of([objects_of(kind) for kind in get_args(AnyCommand)]).map(as_json),
+    st.fixed_dictionaries({}, optional={"name": texts, "note": plain, "add_tags": st.lists(texts)}).map(as_json),
     plain.map(as_json),
     st.binary(max_size=50),
 )

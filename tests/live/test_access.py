@@ -284,7 +284,14 @@ ADDRESSES = [
         "//api/runs",
     ),
     *("/api/runs/demo", "/api/runs//demo", "/api/runs/d%65mo", "/api/runs/demo/events", "/api/runs/demo/journal"),
-    *("/api/runs/demo/media/a.png", "/api/runs/demo/commands", "/api/runs/demo/commands/", "/no", "/api/runs/demo/ws"),
+    *(
+        "/api/runs/demo/media/a.png",
+        "/api/runs/demo/commands",
+        "/api/runs/demo/commands/",
+        "/api/runs/demo/notes",
+        "/no",
+        "/api/runs/demo/ws",
+    ),
 ]
 
 
@@ -312,7 +319,14 @@ def test_a_check_of_the_host_guards_every_address(told: Told, check: Any) -> Non
 def test_a_check_sees_a_command_however_its_address_is_written(told: Told) -> None:
     told.start()
     app = LiveApp(RunsOfFolder(told.path), Access(commands=True, check=lambda request: not request.command))
-    for path in ("demo/commands", "demo/commands/", "demo/commands%0A", "demo/commands%0a/", "demo//commands"):
+    for path in (
+        "demo/commands",
+        "demo/commands/",
+        "demo/commands%0A",
+        "demo/commands%0a/",
+        "demo//commands",
+        "demo/notes",
+    ):
         command = b'{"command":"pause","id":"1"}'
         answer = ask(app, "POST", f"/api/runs/{path}", {"content-type": "application/json"}, command)
         assert answer.status_code in (403, 404), path

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,12 @@ import msgspec
 import pytest
 from live.kit import Serve, Story, Told, hub_of
 
+from events.errors import RunFolderError
 from events.messages import ValEpochEnded
+from events.table import notes as notes_module
 from events.table.columns import page_row
 from events.table.entry import EntryReader
-from events.table.notes import NOTES_NAME
+from events.table.notes import NOTES_NAME, Notes, NotesChange, read_notes, write_notes
 from sinks.live import table as table_module
 from sinks.live.entry import entry_of
 from sinks.live.hub import Hub
@@ -54,7 +59,7 @@ def test_a_row_has_all_of_a_run_as_plain_data(tmp_path: Path, serve: Serve) -> N
     (told.path / NOTES_NAME).write_text('{"name": "first", "tags": ["a"], "colour": "#ff0000"}')
     answer = table(serve(RunsOfFolder(tmp_path), commands=True)).json()
     (row,) = answer.pop("rows")
-    assert (answer["total"], answer["is_behind"], answer["commands"]) == (1, False, True)
+    assert (answer["total"], answer["is_behind"], answer["notes"]) == (1, False, True)
     assert abs(answer["now"] - time.time()) < 60
     expected = {
         "name": "demo",
@@ -164,3 +169,91 @@ def test_the_row_of_a_sinks_run_is_that_of_its_journal(tmp_path: Path, serve: Se
     (row,) = table(serve(hub_of(story, steps=3))).json()["rows"]
     assert (row["name"], row["step"], row["notes"]["name"]) == ("demo", 3, "")
     told.let_go()
+
+
+def note(server: Any, run_id: str = "run-0", **change: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}api/runs/{run_id}/notes", json=change)
+
+
+def test_notes_are_changed_field_by_field(tmp_path: Path, serve: Serve) -> None:
+    """Of a run that is over, and of one that is running; the list of runs has name and colour."""
+    tell_runs(tmp_path, 1)
+    running = Told(tmp_path / "run-1", "run-1", steps=1)
+    server = serve(RunsOfFolder(tmp_path), commands=True)
+    for run_id in ("run-0", "run-1"):
+        assert note(server, run_id, name=" best ", add_tags=["b", "a", "", "b"]).json() == {
+            "name": "best",
+            "tags": ["b", "a"],
+            "note": "",
+            "colour": "",
+        }
+        assert note(server, run_id, note="two\nlines", colour="#00ff00", remove_tags=["b"], add_tags=["c"]).json() == {
+            "name": "best",
+            "tags": ["a", "c"],
+            "note": "two\nlines",
+            "colour": "#00ff00",
+        }
+        assert read_notes(tmp_path / run_id) == Notes("best", ("a", "c"), "two\nlines", "#00ff00")
+    assert [row["notes"]["name"] for row in table(server, "tags == c").json()["rows"]] == ["best", "best"]
+    listed = httpx.get(f"{server.url}api/runs").json()["runs"]
+    assert [(run["label"], run["colour"]) for run in listed] == [("best", "#00ff00")] * 2
+    note(server, name="", colour="", note="", remove_tags=["a", "c"])
+    assert read_notes(tmp_path / "run-0") == Notes()
+    running.let_go()
+
+
+def test_notes_that_cannot_be_taken_are_refused_with_a_reason(tmp_path: Path, serve: Serve) -> None:
+    """The file stays as it is; one behind a link is never written."""
+    tell_runs(tmp_path / "runs", 2)
+    path = tmp_path / "runs" / "run-0" / NOTES_NAME
+    server = serve(RunsOfFolder(tmp_path / "runs"), commands=True)
+    for change, says in (
+        ({"colour": "red"}, "matching regex"),
+        ({"name": "x" * 5_000}, "length <= "),
+        ({"tags": ["x"]}, "unknown field `tags`"),
+        ({"add_tags": [f"t{number}" for number in range(30)]}, "60 tags are more than 50 per run; remove one first"),
+    ):
+        write_notes(path.parent, NotesChange(add_tags=tuple(map(str, range(30)))))
+        answer = note(server, **change)
+        assert (answer.status_code, says in answer.json()["error"]) == (400, True), answer.text
+    for content in ("[", '{"colour": "red"}'):
+        path.write_text(content)
+        answer = note(server, name="x")
+        assert (answer.status_code, path.read_text()) == (409, content)
+        assert answer.json()["error"].endswith("notes.json in the run folder is not valid; repair or delete it")
+    path.unlink()
+    (tmp_path / "secret").write_text("{}")
+    path.symlink_to(tmp_path / "secret")
+    assert note(server, name="x").status_code == 409
+    assert (tmp_path / "secret").read_text() == "{}"
+    assert note(server, "gone", name="x").status_code == 404
+    kinds = {"content-type": "text/plain"}
+    assert httpx.post(f"{server.url}api/runs/run-1/notes", content=b"{}", headers=kinds).status_code == 415
+    for options, status in (({}, 403), ({"commands": True}, 409)):
+        folder = RunsOfFolder(tmp_path / "runs", keeps_notes=not options)
+        other = serve(folder, **options)
+        answer = note(other, "run-1", name="x")
+        assert (answer.status_code, table(other).json()["notes"]) == (status, False)
+        assert "; " in answer.json()["error"]
+    assert not (tmp_path / "runs" / "run-1" / NOTES_NAME).exists()
+
+
+def test_changes_of_notes_at_once_are_all_kept(tmp_path: Path) -> None:
+    """Each waits for the one before."""
+    with ThreadPoolExecutor(8) as threads:
+        changes = [NotesChange(add_tags=(f"t{number}",)) for number in range(40)]
+        list(threads.map(lambda change: write_notes(tmp_path, change), changes))
+    notes = read_notes(tmp_path)
+    assert notes is not None
+    assert sorted(notes.tags) == sorted(f"t{number}" for number in range(40))
+    assert [path.name for path in tmp_path.iterdir()] == [NOTES_NAME]
+
+
+def test_a_lock_on_notes_that_is_not_released_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notes_module, "_LOCK_S", 0.05)
+    fd = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    with pytest.raises(RunFolderError, match="are being changed by another process; try again"):
+        write_notes(tmp_path, NotesChange(name="x"))
+    os.close(fd)
+    assert write_notes(tmp_path, NotesChange(name="x")) == Notes("x")

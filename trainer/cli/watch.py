@@ -54,7 +54,14 @@ def watch(
             following = FolderAlerts(Path(path), told)
             following.start()
             stack.callback(following.stop)
-        server = Server(RunsOfFolder(Path(path)), listening, host, token=token, commands=commands, origins=origins)
+        server = Server(
+            RunsOfFolder(Path(path), keeps_notes=not is_nats),
+            listening,
+            host,
+            token=token,
+            commands=commands,
+            origins=origins,
+        )
         who = "Anyone with this link" if token is not None else "Every user of this machine"
         may = "may watch, stop and pause the runs" if commands else "may watch the runs (--commands: and stop them)"
         echo(f"{shown} can be watched at {server.link}", f"{who} {may}. Ctrl-C stops the server, not the runs.")
