@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.ranks import StartRanks
-from support.sharded import SHARDED, Bare, Infinite, Masked, observed
+from support.sharded import SHARDED, Bare, Infinite, Masked, Spoiled, observed
 from support.shared_runs import Case, Classifier, check_same, train
 from support.training import read_journal
 
-from events.messages import HistogramLogged, MetricsLogged
+from events.messages import HistogramLogged, MetricsLogged, NonFiniteGradient, TrainStepEnded
 
 PROGRAM = """
 import os, torch
@@ -56,7 +56,7 @@ def test_divided_modules_train_what_one_process_trains(
 OTHERS = """
 import json, os, torch
 from pathlib import Path
-from support.sharded import Infinite, Penalized, Stacked, observed
+from support.sharded import Infinite, Penalized, Spoiled, Stacked, observed
 from support.shared_runs import Case, Classifier, train
 from trainer import Trainer
 from trainer.distributed import Fsdp
@@ -68,6 +68,7 @@ found = {
     "observed": observed(Classifier(Case(rows=60, clips=True)), Path("observed"), strategy=strategy),
     "skips": train(Infinite(Case(rows=60)), Path("skips"), strategy=strategy, non_finite="skip"),
 }
+train(Spoiled(Case(rows=60)), Path("spoiled"), strategy=strategy, max_steps=3)
 with torch.device("meta"):
     made = Stacked(Case(rows=40, epochs=1))
 blank = Classifier(Case(rows=40))
@@ -108,7 +109,14 @@ def test_averages_statistics_and_skips_are_those_of_the_whole_model(ranks: Start
     started = ranks(OTHERS)
     alone = observed(Classifier(Case(rows=60, clips=True)), tmp_path / "alone", strategy="single")
     skips = train(Infinite(Case(rows=60)), tmp_path / "alone-skips", strategy="single", non_finite="skip")
+    train(Spoiled(Case(rows=60)), tmp_path / "alone-spoiled", strategy="single", max_steps=3)
     started.end().check("stagecast: ")
+    for folder in (tmp_path / "alone-spoiled", tmp_path / "spoiled"):
+        events = list(read_journal(folder))
+        (found,) = (event.of_seq for event in events if isinstance(event, NonFiniteGradient))
+        (step,) = (event for event in events if event.seq == found)
+        assert isinstance(step, TrainStepEnded)
+        assert step.global_step == 3
     statistics = [
         {
             name: value

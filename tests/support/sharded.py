@@ -40,6 +40,26 @@ class Infinite(Classifier):
         return loss * torch.where((batch[2] == 5).any(), torch.inf, 1.0), batch[2]
 
 
+class Spoiled(Classifier):
+    """The gradients of step 3 are not finite in one row of a weight, and its loss is."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.first.register_forward_hook(self._watch)
+
+    def _watch(self, module: nn.Module, args: object, result: torch.Tensor) -> None:
+        if result.requires_grad:
+            result.register_hook(self._spoil)
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        self._step = global_step
+        return super().train_step(global_step, batch, device)
+
+    def _spoil(self, gradient: torch.Tensor) -> torch.Tensor:
+        last = torch.arange(gradient.shape[-1]) == gradient.shape[-1] - 1
+        return torch.where(last, torch.inf, gradient) if self._step == 3 else gradient
+
+
 class Penalized(Classifier):
     """Its loss is of the gradients of its networks."""
 

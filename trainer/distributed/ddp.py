@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -171,12 +171,15 @@ class DdpStrategy:
             weighted.copy_(share.reshape(()) if share.dim() else share)
         return both
 
-    def total(self) -> Share:
+    def total(self, check: Callable[[], torch.Tensor | None], *, is_whole: bool) -> tuple[Share, None]:
         gradient, self._tally.grad = self._tally.grad, None
         assert gradient is not None
         # On the CPU the gradients are complete, so that reading one waits for nothing.
         weight = gradient.tolist()[0] if gradient.is_cpu else torch.select_copy(gradient, 0, 0)
-        return Share(weight, torch.select_copy(gradient, 0, 1))
+        return Share(weight, torch.select_copy(gradient, 0, 1)), None
+
+    def settle(self) -> None:
+        """The numbers have come with the gradients."""
 
     def sync_buffers(self) -> None:
         broadcast(self._module.buffers())

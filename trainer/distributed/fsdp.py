@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -91,7 +91,7 @@ class _Divided:
 
 
 class FsdpStrategy(_Divided):
-    """See `AutomaticStrategy`. A step sends the weight and the loss of the ranks in a message of its own."""
+    """See `AutomaticStrategy`. A step adds up its weight, its loss and the check of its gradients in one message."""
 
     def __init__(
         self,
@@ -108,10 +108,10 @@ class FsdpStrategy(_Divided):
         self._batch_part = 1.0
         self._accumulates = False
         self._root: Any = module
-        first = next(module.parameters())
-        self._dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        exact = torch.float32 if device.type == "mps" else torch.float64
-        self._tally = torch.zeros(2, dtype=exact, device=device)
+        dtype = next(module.parameters()).dtype
+        self._zero = torch.zeros((), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+        self._weight = 0.0
+        self._loss = self._zero
         self._sent: Any = None
 
     def forward(self, *args: Any) -> Any:
@@ -142,21 +142,32 @@ class FsdpStrategy(_Divided):
     def backward(self, scaled: torch.Tensor | None, loss: torch.Tensor | None, part: float, *, last: bool) -> None:
         assert scaled is not None  # `forward` refuses a batch without a loss
         if part and loss is not None:
-            weighted = loss.reshape(()).to(self._tally) * part
-            self._tally += torch.stack((torch.full_like(weighted, part), weighted))
-        if last:  # under way during the backward pass
-            self._sent = dist.all_reduce(self._tally, async_op=True)
+            self._weight += part
+            self._loss = loss.reshape(()).to(self._zero) * part + self._loss
         try:
             scaled.backward()  # type: ignore[no-untyped-call]
         finally:
             self._weighing.clear()
 
-    def total(self) -> Share:
-        self._sent.wait()  # WAIT: on the CPU for all ranks, whose backward passes are over, too
-        weight, loss = (self._tally / self._size).unbind()
-        self._tally, self._sent = torch.zeros_like(self._tally), None
+    def total(self, check: Callable[[], torch.Tensor | None], *, is_whole: bool) -> tuple[Share, torch.Tensor | None]:
+        self.settle()
+        found, zero = check(), self._zero
+        own = torch.full_like(zero, self._weight), self._loss, zero if found is None else found.to(zero)
+        self._weight, self._loss = 0.0, zero
+        numbers = torch.stack(own).div_(self._size)
+        self._sent = dist.all_reduce(numbers, async_op=True)
+        weight, loss, others = numbers.unbind()
+        found = None if found is None else others
+        if is_whole:  # `forward` has refused batches without a loss; the optimizers step meanwhile
+            return Share(1.0, loss), found
+        self.settle()
         # On the CPU the numbers are there, so that reading one waits for nothing.
-        return Share(float(weight) if weight.is_cpu else weight, loss.to(self._dtype))
+        return Share(float(weight) if weight.is_cpu else weight, loss), found
+
+    def settle(self) -> None:
+        if self._sent is not None:
+            self._sent.wait()  # WAIT: on the CPU for all ranks, whose backward passes are over, too
+            self._sent = None
 
 
 class ManualFsdp(_Divided):

@@ -78,6 +78,10 @@ class AutomaticRankStep(RankStep):
         self._call = strategy.forward
         self._last = True
 
+    def _measure(self, outcome: StepOutcome, group: list[MicroBatch]) -> None:
+        self._strategy.settle()
+        super()._measure(outcome, group)
+
     def _micro_steps(self, group: list[MicroBatch], keep: bool) -> Computed | None:
         """The micro-batches of one step; WAIT: in the backward pass of the last one, for all ranks.
 
@@ -103,7 +107,9 @@ class AutomaticRankStep(RankStep):
                     has_loss = True
                     outputs.append(computed[1])
                     self._places.append(i)
-        weight, loss = self._strategy.total()
+        # Of a step whose rows are known nothing must be read before the optimizers step, unless a policy says so.
+        is_whole = self._weigh is None and group[0].all_rows is not None and self._optimization.reads_nothing
+        (weight, loss), self._optimization.found = self._strategy.total(self._optimization.check, is_whole=is_whole)
         if isinstance(weight, float):
             if not self._is_counted(weight, has_loss):
                 return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -69,8 +70,20 @@ class AutomaticStrategy(Strategy, Protocol):
             last: It is the last of its step: the gradients become means over all ranks. WAIT: for all ranks.
         """
 
-    def total(self) -> Share:
-        """Return what the micro-batches since the last call add up to."""
+    def total(self, check: Callable[[], torch.Tensor | None], *, is_whole: bool) -> tuple[Share, torch.Tensor | None]:
+        """Return what the micro-batches since the last call add up to, and what `check` has found on all ranks.
+
+        WAIT: for all ranks, unless it is whole.
+
+        Args:
+            check: Looks for gradients that are not finite in this rank's part of them: `Optimization.check`. Not called
+                if each rank has all gradients.
+            is_whole: If every batch has a loss, its weight is 1, and no tensor of it is read before `settle`.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Complete the tensors of the last `total`. WAIT: for all ranks, which have called that."""
         ...
 
 

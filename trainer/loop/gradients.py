@@ -46,7 +46,13 @@ class GradientCheck:
         self._free: list[torch.Tensor] = []  # zeros () on one device, allocated in batches to save a kernel per step
 
     def find(self, gradients: list[torch.Tensor]) -> torch.Tensor | None:
-        """Check the gradients of a step.
+        """Check the gradients of a step, as `find_here`. WAIT: for all ranks, if they are divided among them."""
+        split = next(filter(is_split, gradients), None) if self._shards else None
+        found = self.find_here(gradients)
+        return found if split is None or found is None else add_up(found, split)
+
+    def find_here(self, gradients: list[torch.Tensor]) -> torch.Tensor | None:
+        """Check the gradients of a step, or this rank's parts of them.
 
         Returns:
             A float32 scalar ``()`` on a device of the gradients, positive if any element is not finite. None without
@@ -59,9 +65,9 @@ class GradientCheck:
             if turns is None:
                 turns = self._turns[len(gradients)] = itertools.cycle(_parts(gradients))
             gradients = gradients[next(turns)]
-        split = next(filter(is_split, gradients), None) if self._shards else None
-        if split is not None:
-            gradients = [local(one) for one in gradients]
+        if self._shards:
+            with torch.no_grad():
+                gradients = [local(one) for one in gradients]
         if not self._free:
             device = gradients[0].device
             self._free = list(torch.zeros(256, device=device).unbind())
@@ -76,7 +82,7 @@ class GradientCheck:
             if found.device != gradients[0].device:
                 self._free.clear()
             found = _look_at_each(gradients)
-        return found if split is None else add_up(found, split)
+        return found
 
 
 def _parts(gradients: list[torch.Tensor]) -> list[slice]:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -54,6 +54,7 @@ class Optimization:
         optimizers: In the order in which the module returned them.
         gradients: Clears them.
         before_step: Runs the hooks that look at the gradients that the optimizers are about to get.
+        found: What the ranks have found in all gradients of the step, if they have checked them together already.
         wants_closure: Whether an optimizer computes the loss itself, several times per step: then all get a closure.
 
     Args:
@@ -72,6 +73,7 @@ class Optimization:
             refuse_scaler(self.optimizers, attempt.precision)
         self._attempt = attempt
         self._precision = attempt.precision
+        self.found: torch.Tensor | None = None
         self._guards = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.gradients = Clearing(self.optimizers, attempt.module, attempt.device)
@@ -84,6 +86,13 @@ class Optimization:
             if callable(getattr(one, "eval", None)) and callable(getattr(one, "train", None))
         ]
         self._evaluating = False
+
+    @property
+    def reads_nothing(self) -> bool:
+        """Whether optimizers step without a number of the step being read on the host."""
+        return (
+            not self.wants_closure and self._precision.scaler is None and self._attempt.arguments.non_finite == "warn"
+        )
 
     @property
     def learning_rate(self) -> Any:
@@ -268,15 +277,25 @@ class Optimization:
             parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
             grad_norm = clip_(parameters, self._attempt.arguments.max_grad_norm)
         elif not scaled:
-            found = self._gradient_check.find(
-                [p.grad for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
-            )
-        # On the CPU there is no device to wait for, so "stop" can stop before the weights are harmed.
+            found, self.found = self.found, None
+            if found is None:
+                found = self._gradient_check.find(_gradients(optimizers))
+        # A float16 scaler decides on the host whether the optimizers step, and so does the policy that skips. On the
+        # CPU there is no device to wait for, so "stop" can stop before the weights are harmed.
         policy = self._attempt.arguments.non_finite
-        # A float16 scaler decides on the host whether the optimizers step, and so does the policy that skips.
         if scaled or policy == "skip" or (policy == "stop" and loss.is_cpu):
             return grad_norm, None, self._read(loss, grad_norm, found)
         return grad_norm, found, None
+
+    def check(self) -> torch.Tensor | None:
+        """Look for gradients that are not finite in this rank's part of them, as `GradientCheck.find_here`.
+
+        Returns:
+            None also where `step` unscales or clips the gradients, which shows it.
+        """
+        if self._attempt.arguments.clip_grads or self._precision.scaler is not None:
+            return None
+        return self._gradient_check.find_here(_gradients(self.optimizers))
 
     def _read(self, loss: torch.Tensor, grad_norm: torch.Tensor | None, found: torch.Tensor | None) -> Skip | None:
         """Return whether all optimizers skip the step."""
@@ -303,11 +322,8 @@ class Optimization:
 
     def scale_gradients(self, factor: float | torch.Tensor) -> None:
         """Multiply the gradients in place."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        local(parameter.grad).mul_(factor)
+        for gradient in _gradients(self.optimizers):
+            local(gradient).mul_(factor)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of optimizers and schedulers, not copied."""
@@ -341,3 +357,7 @@ class Optimization:
             # It has stepped in an earlier process; otherwise torch would warn that its scheduler steps first.
             optimizer._opt_called = True  # type: ignore[attr-defined]
         self.schedules.load_state(schedulers, where)
+
+
+def _gradients(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor]:
+    return [p.grad for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
