@@ -10,7 +10,8 @@ its connections itself when the server shuts down (`sinks.live.shutdown`).
 ``GET /api/table``                        the table of runs, those that fulfil ``?filter=CONDITION``
 ``GET /api/runs/RUN_ID``                  a snapshot of one run
 ``GET /api/runs/RUN_ID/events``           the snapshot, then frames, as Server-Sent Events
-``WS /api/runs/RUN_ID/ws``                the same, and commands; the first message is the client's ``hello``
+``WS /api/runs/RUN_ID/ws``                the same, and commands; the first message is the client's ``hello``,
+                                          with ``"gzip": true`` it gets snapshots compressed, as bytes
 ``GET /api/runs/RUN_ID/journal``          the events behind ``?since=SEQ``, as JSON lines
 ``POST /api/runs/RUN_ID/commands``        a command
 ``POST /api/runs/RUN_ID/notes``           a change of its name, colour, note and tags
@@ -55,7 +56,7 @@ from sinks.live.client import (
     SnapshotWanted,
 )
 from sinks.live.clients import Clients
-from sinks.live.frames import as_event, as_text
+from sinks.live.frames import as_event, as_packed, as_text
 from sinks.live.hub import Hub
 from sinks.live.journal_body import JournalBody
 from sinks.live.responses import (
@@ -65,6 +66,7 @@ from sinks.live.responses import (
     read_page,
     refuse,
     send_image,
+    takes_gzip,
     unchanged,
 )
 from sinks.live.runs import Runs, runs_of
@@ -191,7 +193,11 @@ class LiveApp:
     async def _snapshot(self, request: HttpRequest) -> Response:
         hub = await self._hub(request)
         await hub.refresh()
-        return BoundedResponse((await hub.snapshot()).data, media_type="application/json", unread=self._unread)
+        is_packed = takes_gzip(request)
+        snapshot = await hub.snapshot(is_packed=is_packed)
+        data, headers = (snapshot.packed, {"content-encoding": "gzip"}) if is_packed else (snapshot.data, {})
+        headers["vary"] = "accept-encoding"
+        return BoundedResponse(data, headers=headers, media_type="application/json", unread=self._unread)
 
     async def _image(self, request: HttpRequest) -> ASGIApp:
         hub = await self._hub(request)
@@ -315,7 +321,7 @@ class LiveApp:
                 client.disconnect()
 
             async def write() -> None:
-                await client.send_frames(hub, hello, as_text)
+                await client.send_frames(hub, hello, as_packed if hello.gzip else as_text)
                 client.disconnect(Refused(503, "the run is over, and its server stops", code=ENDING))
 
             await self._clients.serve(client, listen, write)

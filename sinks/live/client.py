@@ -15,6 +15,7 @@ from events.bounds import Int64
 from sinks.live.access import Refused
 from sinks.live.bounds import PART_BYTES, Unread
 from sinks.live.frames import Message as Frame
+from sinks.live.frames import Packed
 from sinks.live.hub import Hub
 
 MOST_INBOUND = 64 * 1024
@@ -33,6 +34,8 @@ class Hello(msgspec.Struct, tag_field="type", tag="hello"):
     token: str | None = None
     since: Int64 | None = None
     attempt: Int64 | None = None
+    gzip: bool = False
+    """Whether it takes snapshots that are compressed with gzip, as bytes. By WebSocket."""
 
     def __repr__(self) -> str:
         return f"Hello(since={self.since}, attempt={self.attempt})"  # the token is a secret
@@ -105,7 +108,7 @@ class Client:
                     self._sending_since = time.monotonic()
                     await self._send(message)
                 # The server has sent all earlier messages; it holds one part of a body, but all of a WebSocket message.
-                left = size if isinstance(data, str) else 0
+                left = size if isinstance(data, str | Packed) else 0
                 self._unread.remove(self._held - left)
                 self._held = left
         except Refused as refused:
@@ -122,7 +125,7 @@ class Client:
         """Send a snapshot where one is needed, and each frame when it is created, until the run is over.
 
         Args:
-            encode: `as_text` or `as_event` of `sinks.live.frames`.
+            encode: `as_text`, `as_packed` or `as_event` of `sinks.live.frames`.
         """
         frames = hub.frames
         await hub.refresh()
@@ -132,7 +135,7 @@ class Client:
             generation = frames.generation
             while True:
                 if number is None or generation != frames.generation or self.takes_snapshot():
-                    snapshot = await hub.snapshot()
+                    snapshot = await hub.snapshot(is_packed=hello.gzip)
                     number, generation = snapshot.number + 1, snapshot.generation
                     await self.send(encode(snapshot))
                 while frames.newest < number and generation == frames.generation and not frames.is_over:
@@ -177,9 +180,9 @@ class Client:
 
 
 def _messages(data: str | bytes) -> Iterator[Message]:
-    """Split a part of a response into parts of `PART_BYTES`; a text stays whole."""
-    if isinstance(data, str):
-        yield {"type": "websocket.send", "text": data}
+    """Split a part of a response into parts of `PART_BYTES`; a WebSocket message stays whole."""
+    if isinstance(data, str | Packed):
+        yield {"type": "websocket.send", "bytes" if isinstance(data, Packed) else "text": data}
         return
     for begin in range(0, len(data), PART_BYTES):
         yield {"type": "http.response.body", "body": data[begin : begin + PART_BYTES], "more_body": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from collections import deque
 from functools import cached_property
@@ -34,6 +35,11 @@ class Message(msgspec.Struct, frozen=True, dict=True):
     def text(self) -> str:
         """As a WebSocket message."""
         return self.data.decode()
+
+    @cached_property
+    def packed(self) -> bytes:
+        """Compressed with gzip; that takes 10 ms per MB."""
+        return gzip.compress(self.data, 1, mtime=0)
 
     @cached_property
     def event(self) -> bytes:
@@ -94,6 +100,17 @@ class RecentFrames:
             self._woken_for = state
             news, self.news = self.news, anyio.Event()
             news.set()
+
+
+class Packed(bytes):
+    """A WebSocket message of bytes: JSON that is compressed with gzip."""
+
+
+def as_packed(message: Message | int) -> str | Packed:
+    """Return a message by WebSocket as `as_text`, a snapshot compressed."""
+    if isinstance(message, Message) and message.kind == "snapshot":
+        return Packed(message.packed)
+    return as_text(message)
 
 
 def as_text(message: Message | int) -> str:

@@ -75,6 +75,7 @@ class Hub:
         self._last_frame_at = -math.inf
         self._driving = anyio.Lock()
         self._commands = anyio.CapacityLimiter(1)  # our own: a host may have all of its threads in use
+        self._packing = anyio.CapacityLimiter(1)
         self._watchers = 0
 
     # ------------------------------------------------------------------------------------------ the events
@@ -198,11 +199,20 @@ class Hub:
 
     # ------------------------------------------------------------------------------------------ the frames
 
-    async def snapshot(self) -> Message:
+    async def snapshot(self, *, is_packed: bool = False) -> Message:
         """Return the view as of the newest frame, encoded once for all requests before the next frame.
 
         Creates that frame first, if the view has changed; waits so that frequent requests do not cause frequent frames.
+
+        Args:
+            is_packed: Compress it too, on a thread.
         """
+        made = await self._make_snapshot()
+        if is_packed and "packed" not in vars(made):
+            await anyio.to_thread.run_sync(lambda: made.packed, limiter=self._packing)  # one of several at a time
+        return made
+
+    async def _make_snapshot(self) -> Message:
         while True:
             with self._lock:
                 self._settle()

@@ -159,12 +159,17 @@ async def send_image(
             raise aborted
 
 
+def takes_gzip(connection: HTTPConnection) -> bool:
+    """Whether a client accepts a compressed response."""
+    given = connection.headers.get("accept-encoding", "").lower()
+    offers = [part.replace(" ", "").partition(";") for part in given.split(",")]
+    return any(name == "gzip" and how not in ("q=0", "q=0.0") for name, _, how in offers)
+
+
 def gzipped(connection: HTTPConnection, data: bytes) -> tuple[bytes, dict[str, str]]:
     """Compress a response for a client that accepts it; return it and its headers. Takes 10 ms per MB: call it on a
     thread."""
-    given = connection.headers.get("accept-encoding", "").lower()
-    offers = [part.replace(" ", "").partition(";") for part in given.split(",")]
-    if len(data) < 1_024 or not any(name == "gzip" and how not in ("q=0", "q=0.0") for name, _, how in offers):
+    if len(data) < 1_024 or not takes_gzip(connection):
         return data, {"vary": "accept-encoding"}
     return gzip.compress(data, 1, mtime=0), {"vary": "accept-encoding", "content-encoding": "gzip"}
 

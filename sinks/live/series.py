@@ -226,7 +226,10 @@ def points_of(event: Event) -> list[tuple[str, float]]:
 
 
 def plain(series: Series) -> dict[str, object]:
-    """Encode a series for JSON, without NaN and infinities."""
+    """Encode a series for JSON, without NaN and infinities, times in milliseconds.
+
+    ``min`` and ``max`` are left out if each point is one value: they are ``mean`` then.
+    """
 
     def column(values: list[float]) -> Sequence[float | None]:
         # A point is without a finite value only if it has one that is not.
@@ -235,13 +238,13 @@ def plain(series: Series) -> dict[str, object]:
     shown: dict[str, object] = {
         "step": series.step,
         "mean": column(series.mean),
-        "min": column(series.low),
-        "max": column(series.high),
-        "time": series.time,
+        "time": [round(time, 3) for time in series.time],
         "count": series.count,
         # The mean of the last point is another number, once several values are in it.
         "last": as_json(series.last) if series.step else None,
     }
+    if series.width > 1:
+        shown |= {"min": column(series.low), "max": column(series.high)}
     if series.odd:
         shown["nonfinite"] = {str(index): word for index, word in series.odd}
     return shown

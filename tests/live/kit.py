@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import threading
 import time
@@ -115,6 +116,8 @@ class Watcher:
         self.kinds: list[str] = []
 
     def take(self, data: str | bytes) -> dict[str, Any]:
+        if isinstance(data, bytes) and data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
         message: dict[str, Any] = msgspec.json.decode(data)
         self.kinds.append(message["type"])
         if message["type"] == "snapshot":
@@ -138,8 +141,8 @@ class Watcher:
     def hello(self, **fields: Any) -> str:
         return msgspec.json.encode({"type": "hello", **fields}).decode()
 
-    def resume(self) -> str:
-        return self.hello(since=self.cursor, attempt=self.attempt)
+    def resume(self, **fields: Any) -> str:
+        return self.hello(since=self.cursor, attempt=self.attempt, **fields)
 
 
 def watch(url: str, **options: Any) -> ClientConnection:

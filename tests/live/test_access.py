@@ -110,6 +110,7 @@ def test_without_the_token_nothing_is_served(server: Server, path: str) -> None:
 
 def test_with_the_token_everything_is_served(server: Server) -> None:
     answer = get(server, "api/runs/demo", headers={"authorization": f"Bearer {TOKEN}"})
+    assert answer.headers["content-encoding"] == "gzip"
     assert answer.json()["series"]["train_loss"]["step"] == [1, 2, 3]
 
 

@@ -56,11 +56,13 @@ def test_disconnects_lose_and_repeat_nothing(story: Story, serve: Serve, monkeyp
     watchers = [Watcher() for _ in range(8)]
     errors: list[BaseException] = []
 
-    def by_socket(watcher: Any, messages: int) -> None:
+    def by_socket(watcher: Any, messages: int, *, takes_gzip: bool) -> None:
         with watch(server.url) as socket:
-            socket.send(watcher.resume() if watcher.cursor else watcher.hello())
+            socket.send(watcher.resume(gzip=takes_gzip) if watcher.cursor else watcher.hello(gzip=takes_gzip))
             for _ in range(messages):
-                watcher.take(socket.recv(timeout=10))
+                data = socket.recv(timeout=10)
+                watcher.take(data)
+                assert isinstance(data, bytes) == (takes_gzip and watcher.kinds[-1] == "snapshot")
             socket.socket.shutdown(sockets.SHUT_RDWR)  # without a close
 
     def by_events(watcher: Any, messages: int) -> None:
@@ -73,7 +75,11 @@ def test_disconnects_lose_and_repeat_nothing(story: Story, serve: Serve, monkeyp
         generator = random.Random(seed)
         try:
             for _ in range(25):
-                (by_events if seed % 4 == 0 else by_socket)(watcher, generator.randint(1, 3))
+                messages = generator.randint(1, 3)
+                if seed % 4 == 0:
+                    by_events(watcher, messages)
+                else:
+                    by_socket(watcher, messages, takes_gzip=seed % 2 == 0)
         except BaseException as error:
             errors.append(error)
 

@@ -4,6 +4,7 @@ const FIRST_WAIT_S = 0.5;
 const LONGEST_WAIT_S = 15;
 /** Maximum silence per connection before it is closed; the server sends something every two seconds. */
 const SILENT_S = 10;
+const UNPACKS = "DecompressionStream" in window;
 /** Seconds between polls of a run whose events do not stream. */
 const POLL_S = 4;
 const TOKEN = "stagecast-token";
@@ -58,6 +59,11 @@ async function answerOf(response) {
   return { reason: `the server answered ${response.status}${answer.error ? `: ${answer.error}` : ""}` };
 }
 
+/** Decompress a message. */
+function unpack(data) {
+  return new Response(new Blob([data]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
 export function addressOf(runId, rest = "") {
   return `api/runs/${encodeURIComponent(runId)}${rest}`;
 }
@@ -104,6 +110,7 @@ export class Connection {
   #wasOpen = false;
   #gapTimer = null;
   #stopped = false;
+  #unpacking = null; // a promise while compressed messages, and those behind them, are not read yet
 
   stop() {
     this.#stopped = true;
@@ -159,7 +166,7 @@ export class Connection {
     clearTimeout(this.#gapTimer);
     this.#timer = this.#gapTimer = null;
     const socket = this.#socket;
-    this.#socket = null;
+    this.#socket = this.#unpacking = null;
     if (socket) {
       socket.onopen = socket.onmessage = socket.onclose = socket.onerror = null;
       socket.close();
@@ -191,13 +198,31 @@ export class Connection {
     socket.onopen = () => {
       this.#wasOpen = true;
       const { cursor, attempt } = this.store;
-      socket.send(JSON.stringify({ type: "hello", token: token.get(), since: cursor, attempt }));
+      socket.send(JSON.stringify({ type: "hello", token: token.get(), since: cursor, attempt, gzip: UNPACKS }));
     };
-    socket.onmessage = (event) => this.#heard(event.data);
+    socket.binaryType = "arraybuffer";
+    socket.onmessage = (event) => this.#receive(socket, event.data);
     socket.onclose = (event) => {
       this.#socket = null;
       this.#closed(event.code, event.reason);
     };
+  }
+
+  /** Read a message, in order: a compressed one takes a moment. */
+  #receive(socket, data) {
+    if (typeof data === "string" && !this.#unpacking) {
+      this.#heard(data);
+      return;
+    }
+    this.heardAt = performance.now();
+    const before = this.#unpacking;
+    const read = async () => {
+      await before;
+      const text = typeof data === "string" ? data : await unpack(data).catch(() => "");
+      if (this.#unpacking === own) this.#unpacking = null;
+      if (this.#socket === socket) this.#heard(text);
+    };
+    const own = (this.#unpacking = read());
   }
 
   #closed(code, reason) {

@@ -34,12 +34,13 @@ export class Series {
     const series = new Series(name, most);
     const length = data.step.length;
     series.#room(length);
+    const [low, high] = [data.min ?? data.mean, data.max ?? data.mean];
     for (let i = 0; i < length; i++) {
       series.step[i] = data.step[i];
       series.time[i] = data.time[i];
       series.mean[i] = data.mean[i] ?? NaN;
-      series.low[i] = data.min[i] ?? NaN;
-      series.high[i] = data.max[i] ?? NaN;
+      series.low[i] = low[i] ?? NaN;
+      series.high[i] = high[i] ?? NaN;
       series.#remember(series.low[i], series.high[i], data.step[i]);
     }
     series.length = length;
