@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -82,6 +83,16 @@ def visit(browser: Any) -> Iterator[Any]:
 
     with Visits(browser) as visits:
         yield visits
+
+
+@pytest.fixture
+def show(browser: Any) -> Iterator[Any]:
+    """Open the page of a made-up server: see `page_show.Show`."""
+    from live.page_show import Show
+    from live.page_visits import Visits
+
+    with contextlib.ExitStack() as servers, Visits(browser) as visits:
+        yield Show(visits, servers)
 
 
 @pytest.fixture(autouse=True)

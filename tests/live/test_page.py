@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import json
@@ -11,79 +10,16 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 pytest.importorskip("playwright.sync_api")
-from live.page_server import PAGE, FakeRun, PageServer
-from live.page_visits import EVIL, Visits, axe
-from playwright.sync_api import Locator, Page, expect
-
-
-class Show:
-    """Visits of a made-up server."""
-
-    server: PageServer
-
-    def __init__(self, visits: Visits, servers: contextlib.ExitStack) -> None:
-        self.visits = visits
-        self._servers = servers
-
-    def __call__(self, *runs: FakeRun, fragment: str = "", options: Any = None, **server: Any) -> Page:
-        """Serve runs, and open the page; ``options`` are those of `Visits`."""
-        self.server = PageServer(list(runs), **server).start()
-        self._servers.callback(self.server.stop)
-        return self.visits(self.server.url, fragment, **(options or {}))
-
-    def focus(self, page: Page, run_id: str, settings: str = "") -> None:
-        """Change the run that the open page shows."""
-        page.goto(f"{self.server.url}#run={run_id}{settings}")
-        expect(page.locator("#run-name")).to_have_text(run_id)
-
-
-@pytest.fixture
-def show(browser: Any) -> Iterator[Show]:
-    with contextlib.ExitStack() as servers, Visits(browser) as visits:
-        yield Show(visits, servers)
-
-
-def a_run(run_id: str = "demo", steps: int = 600, **options: Any) -> FakeRun:
-    run = FakeRun(run_id, **options)
-    if steps:
-        run.advance(steps)
-        run.furnish()
-    return run
-
-
-def curve(values: Sequence[float | str], run: FakeRun | None = None, name: str = "train_loss") -> FakeRun:
-    """Give a run, or a new one, a series of values."""
-    run = run or a_run(steps=0)
-    for step, value in enumerate(values, 1):
-        run.run["global_step"] = step
-        run.clock += 1
-        run.point({}, name, value)
-    return run
-
-
-def first_chart(page: Page) -> Locator:
-    return page.locator("#training .chart").first
-
-
-def choose(page: Page, title: str, option: str) -> None:
-    """Choose from the menu of a chart."""
-    page.get_by_role("button", name=f"Options of {title}", exact=True).click()
-    page.locator("#chart-menu").get_by_text(option, exact=True).click()
-    page.keyboard.press("Escape")
-    expect(page.locator("#chart-menu")).to_be_hidden()
-
-
-def expect_step(page: Page, text: str) -> None:
-    expect(page.locator("#tiles dd").first).to_contain_text(text)
-
+from live.page_server import PAGE
+from live.page_show import Show, a_run, choose, curve, expect_step, first_chart
+from live.page_visits import EVIL, axe
+from playwright.sync_api import Page, expect
 
 # ---------------------------------------------------------------------------------------------- unhappy paths
 
@@ -166,7 +102,8 @@ def test_one_missing_run_does_not_hide_the_others(show: Show) -> None:
     page = show(a_run("a"), a_run("b"), fragment="#run=nobody&run=a&run=b")
     expect(page.locator("#run-name")).to_have_text("a")
     expect(page.locator("#compared li").first).to_contain_text("no such run")
-    expect(page.locator("#training .legend").first).to_contain_text("b · train")
+    loss = "[...stagecast.board.charts].find(chart => chart.title === 'Loss')"
+    page.wait_for_function(f"() => {loss}.shown.some(({{ label }}) => label === 'b · train')")
 
 
 def test_without_runs_the_page_waits_for_one(show: Show) -> None:
@@ -534,22 +471,6 @@ def test_each_run_has_a_star_at_its_own_best(show: Show) -> None:
     expect(page.locator("#checkpoints tr:has-text('★')")).to_contain_text("step-00000002")
 
 
-def test_the_comparison_shows_all_runs_and_stays_current(show: Show) -> None:
-    """Whichever run has news; a run that is not compared any more leaves it."""
-    runs = [a_run(f"run-{index}", seed=index) for index in range(3)]
-    for run in runs:
-        run.run["status"] = "finished"  # the focused one has no news of its own
-    page = show(*runs, fragment="#run=run-0&run=run-1&run=run-2")
-    rows = page.locator("#validation-table tbody tr").filter(has_text="val_loss").filter(has_text="default")
-    expect(rows).to_have_count(3)
-    expect(rows.nth(2).locator("td").nth(3)).to_have_text("500")
-    show.server.train(runs[2], 400)
-    expect(rows.nth(2).locator("td").nth(3)).to_have_text("1,000")
-    page.get_by_label("Compare run-1").uncheck()
-    expect(rows).to_have_count(2)
-    expect(rows.nth(1)).to_contain_text("run-2")
-
-
 def test_foreign_text_is_shown_as_text_in_every_place(show: Show) -> None:
     names = [EVIL, f"val_{EVIL}", '"><img src=x onerror=alert(1)>', "__proto__", "ü/µ " * 60]
     run = a_run(EVIL.replace("/", "\\"), extra=names)
@@ -681,28 +602,6 @@ def test_a_server_that_takes_no_commands_offers_none(show: Show) -> None:
     page = show(a_run(commands=False))
     expect(page.locator("#tiles")).to_contain_text("600")
     expect(page.locator("#commands")).to_be_hidden()
-
-
-def test_runs_are_compared(show: Show) -> None:
-    """Ticked runs share the charts, each with a colour and a pattern; the address restores the choice."""
-    page = show(*(a_run(f"run-{index}", seed=index) for index in range(3)))
-    page.get_by_label("Compare run-1").check()
-    page.get_by_label("Compare run-2").check()
-    legend = page.locator("#training .chart").nth(1).locator(".legend li")
-    expect(legend).to_have_count(3)
-    marks = page.evaluate(
-        "() => [...document.querySelectorAll('#training .chart:nth-child(2) .legend line')]"
-        ".map(line => [line.getAttribute('stroke'), line.getAttribute('stroke-dasharray')])"
-    )
-    assert len({colour for colour, _ in marks}) == len({dash for _, dash in marks}) == 3
-    fragment = page.url.partition("#")[2]
-    assert fragment == "run=run-0&run=run-1&run=run-2"
-    again = show.visits(show.server.url, f"#{fragment}")
-    expect(again.locator("#compared li")).to_have_count(3)
-    again.get_by_role("button", name="Show the tables of run-2").click()
-    expect(again.locator("#run-name")).to_have_text("run-2")
-    page.get_by_label("Compare run-1").uncheck()
-    expect(legend).to_have_count(2)
 
 
 def test_the_address_keeps_the_settings(show: Show) -> None:
@@ -883,37 +782,6 @@ def test_charts_are_pinned_and_moved(show: Show) -> None:
     expect(page.locator("#pinned-section")).to_be_hidden()  # it has no such metric
 
 
-def test_a_legend_hides_and_highlights_lines(show: Show) -> None:
-    """A run in all charts. Noisy lines are solid, and the runs are named once."""
-    page = show(*(a_run(f"run-{index}", seed=index) for index in range(3)), fragment="#run=run-0&run=run-1&run=run-2")
-    legend = page.locator("#training .chart").nth(2).locator(".legend")
-    expect(legend.get_by_role("button")).to_have_count(3)
-    expect(legend.locator(".name").first).to_be_hidden()
-    expect(legend.locator("line[stroke-dasharray]")).to_have_count(0)
-    legend.get_by_role("button", name="run-1").hover()
-    alphas = "() => [...stagecast.board.charts].filter(c => c.u && c.shown.some(s => s.run))"
-    alphas += ".map(c => c.at.map((at, i) => `${c.shown[i].run} ${c.u.series[at].alpha}`).join())"
-    found = page.evaluate(alphas)
-    assert found[1] == "run-0 0.2,run-1 1,run-2 0.2"
-    assert len(found) > 2
-    page.mouse.move(0, 0)
-    assert "0.2" not in "".join(page.evaluate(alphas))
-    legend.get_by_role("button", name="run-1").click()
-    expect(first_chart(page).locator("[aria-pressed=false]")).to_have_count(2)  # training and validation
-    assert page.url.endswith("&hide=run%3Arun-1")
-    page.wait_for_function(
-        "() => ['Loss', 'Gradient norm'].every(title => {"
-        " const chart = [...stagecast.board.charts].find(c => c.title === title);"
-        " return chart.u && !chart.shown.some(({ run }) => run === 'run-1'); })"
-    )
-    for name in ("run-0", "run-2"):
-        legend.get_by_role("button", name=name).click()
-    expect(page.locator("#training .chart").nth(2).locator(".empty")).to_have_text("All lines are hidden")
-    legend.get_by_role("button", name="run-1").press("Enter")
-    expect(legend.get_by_role("button", name="run-1")).to_have_attribute("aria-pressed", "true")
-    expect(page.locator("#training .chart").nth(2).locator("canvas")).to_be_visible()
-
-
 def test_neighbours_on_an_axis_have_different_labels(show: Show) -> None:
     """However narrow its range is; a long name is cut at its start."""
     name = "group/" + "a-name-that-is-long-" * 4 + "accuracy"
@@ -1090,6 +958,7 @@ def test_the_page_ships_with_its_libraries() -> None:
         "uPlot.iife.min.js": ("v1.6.32", "MIT"),
         "preact.min.js": ("v11.2.0", "MIT"),
         "htm.min.js": ("v3.1.1", "Apache License"),
+        "d3.min.js": ("d3-brush v3.0.1, d3-color v3.1.1, d3-scale v4.0.3", "ISC License"),
     }
     for name, (version, licence) in libraries.items():
         assert version in (PAGE / name).read_text()[:200]

@@ -14,6 +14,7 @@ export class Board {
   constructor(view) {
     this.view = view; // a `View`
     this.charts = new Set();
+    this.lit = null; // the key of the highlighted lines
     this.draws = { count: 0, ms: 0, worstMs: 0 };
     this.#sight = new IntersectionObserver((entries) => this.#seen(entries), { rootMargin: "150px" });
     this.#size = new ResizeObserver((entries) => {
@@ -99,8 +100,13 @@ export class Board {
     this.changed();
   }
 
+  /** Highlight the lines with a key in all charts, and whatever else of the page is marked with it; null: none. */
   highlight(key) {
+    if (key === this.lit) return;
+    this.lit = key;
     for (const chart of this.charts) if (chart.isSeen) chart.highlight(key);
+    for (const node of document.querySelectorAll("[data-key]")) node.toggleAttribute("data-lit", node.dataset.key === key);
+    document.documentElement.toggleAttribute("data-lighting", key !== null);
   }
 
   /** The reader has changed a setting. */
@@ -119,18 +125,15 @@ export class Board {
   #draw() {
     this.#asked = false;
     const began = performance.now();
-    const waiting = [...this.charts].filter((chart) => chart.isSeen && chart.hasNews());
-    waiting.sort((a, b) => a.drawnAt - b.drawnAt);
     const due = this.#passAt + Math.max(BETWEEN_MS, this.#cost_ms / SHARE);
     const isDue = began >= due;
+    // Before a pass is due, charts are not asked for news: there may be a hundred curves in each.
+    const waiting = [...this.charts].filter((chart) => chart.isSeen && (isDue ? chart.hasNews() : chart.isTouched));
+    waiting.sort((a, b) => a.drawnAt - b.drawnAt);
     if (isDue) this.#passAt = began;
-    let soonest = Infinity;
+    let soonest = isDue ? Infinity : due - began;
     let drawn = 0;
     for (const chart of waiting) {
-      if (!isDue && !chart.isTouched) {
-        soonest = Math.min(soonest, due - began);
-        continue;
-      }
       if (performance.now() - began > BUDGET_MS) {
         chart.touch(); // in the next animation frame
         soonest = 0;

@@ -1,6 +1,6 @@
 /** Charts: a figure each, drawn by uPlot when it is in sight and something in it has changed. */
 
-import { labelsOf, labelsOn, placeOn, placesOf } from "./axes.js";
+import { labelsOf, labelsOn, placesOf } from "./axes.js";
 import {
   align,
   clamped,
@@ -9,7 +9,6 @@ import {
   linearRange,
   logRange,
   logSplits,
-  nearest,
   pointsOf,
   robustRange,
   scopeOf,
@@ -18,17 +17,21 @@ import {
   smoothPart,
   valuesOffLog,
 } from "./curves.js";
-import { announce, el, freshId, setAttribute, setText, table } from "./dom.js";
+import { el, freshId, setAttribute, setText } from "./dom.js";
 import { count, number } from "./format.js";
-import { writeLegend } from "./legend.js";
+import { drawMarks, placesBeyond } from "./marks.js";
+import { summaryOf, tableOf, tell, writeReading } from "./reading.js";
 import { colours } from "./theme.js";
 
 const uPlot = window.uPlot;
 const TABLE_MS = 2000;
-const MOST_ROWS = 200;
 /** Maximum curves of a chart with the spread of merged points behind them, and with the curve before smoothing. */
 const MOST_SPREADS = 3;
 const MOST_RAW = 6;
+/** Maximum curves that a note below a chart names. */
+const MOST_NOTED = 4;
+/** Opacity of the lines beside a highlighted one. */
+const PALE = 0.2;
 /** Steps of an axis of bytes. */
 const POWERS = Array.from({ length: 50 }, (_, power) => 2 ** power);
 /** From this value on uPlot has no steps for an axis... */
@@ -41,7 +44,8 @@ const HUGE_STEPS = Array.from({ length: 340 }, (_, at) => [1, 2, 2.5, 5].map((on
  *
  * `curves()` returns its curves: `{label, run, series, started, epochSteps, show, colour, dash, width, fill, values, last}`.
  * The legend and the table show `values` and `last`, if given, instead of the series' own: the layers of a stack are drawn
- * at their sums. `run` is set where the chart compares runs. `key` names the chart in the address and the browser's storage.
+ * at their sums. `run` is set where the chart compares runs, and `name` where each of them has several curves. `key` names
+ * the chart in the address and the browser's storage.
  */
 export class Chart {
   constructor(options) {
@@ -57,6 +61,8 @@ export class Chart {
     this.parts = []; // ...and what is drawn of them
     const id = freshId("chart");
     this.legend = el("ul", { class: "legend" });
+    this.tip = el("ul", { class: "tip", "aria-hidden": "true", hidden: true });
+    this.isPointed = false; // the mouse is over the plot
     this.readout = el("span", { class: "readout" });
     this.missing = el("p", { class: "missing", hidden: true });
     this.notes = el("p", { class: "notes", hidden: true });
@@ -74,6 +80,8 @@ export class Chart {
       tabindex: "0",
       "aria-label": title,
       onkeydown: (e) => this.#key(e),
+      onmouseenter: () => (this.isPointed = true),
+      onmouseleave: () => this.#left(),
     });
     this.empty = el("p", { class: "empty", text: "Nothing yet", hidden: true });
     this.holder = el("div", {
@@ -94,7 +102,7 @@ export class Chart {
       this.holder,
     );
     this.plot.style.height = this.holder.style.height = `${height}px`;
-    this.plot.append(this.empty);
+    this.plot.append(this.empty, this.tip);
   }
 
   touch() {
@@ -113,7 +121,7 @@ export class Chart {
   }
 
   #stamp(curves) {
-    return curves.map((curve) => `${curve.label}:${curve.series.version}:${curve.series.length}`).join("|");
+    return curves.map((c) => `${c.label}:${c.colour}:${c.series.version}:${c.series.length}`).join("|");
   }
 
   get isTable() {
@@ -129,19 +137,42 @@ export class Chart {
     return !this.range && this.board.view.robust.of(this.key);
   }
 
+  /** Whether runs lie over each other: they are named once, above the charts. */
+  get isComparing() {
+    return this.all.some(({ run }) => run);
+  }
+
   /** What hides a curve: its run, in all charts; or its name, in this one. */
-  hideKey(curve) {
-    return curve.run ? `run:${curve.run}` : `${this.key}:${curve.label}`;
+  hideKeys({ run, name, label }) {
+    if (!run) return [this.nameKey(label)];
+    return name ? [runKey(run), this.nameKey(name)] : [runKey(run)];
+  }
+
+  nameKey(name) {
+    return `${this.key}:${name}`;
+  }
+
+  hasKey(curve, key) {
+    return key !== null && this.hideKeys(curve).includes(key);
   }
 
   isHidden(curve) {
-    return this.board.view.hidden.has(this.hideKey(curve));
+    return this.hideKeys(curve).some((key) => this.board.view.hidden.has(key));
   }
 
   /** Draw the other curves paler; null: none. */
   highlight(key) {
-    const at = this.shown.findIndex((curve) => this.hideKey(curve) === key);
-    this.u?.setSeries(at < 0 ? null : this.at[at], { focus: true });
+    if (!this.u) return;
+    const isHere = this.shown.some((curve) => this.hasKey(curve, key));
+    let isChanged = false;
+    this.shown.forEach((curve, i) => {
+      const alpha = isHere && !this.hasKey(curve, key) ? PALE : 1;
+      for (let at = (this.at[i - 1] ?? 0) + 1; at <= this.at[i]; at++) {
+        isChanged ||= this.u.series[at].alpha !== alpha;
+        this.u.series[at].alpha = alpha;
+      }
+    });
+    if (isChanged) this.u.redraw(false);
   }
 
   hasNews() {
@@ -163,8 +194,8 @@ export class Chart {
       this.#note([]);
       this.#fillTable(this.shown, began);
     }
-    if (this.u?.cursor.idx != null && this.u.cursor.left >= 0) this.#point(this.u);
-    else this.#writeLegend();
+    this.#point();
+    if (this.board.lit !== null) this.highlight(this.board.lit);
     this.drawnAt = performance.now();
     this.drawMs = this.drawnAt - began;
   }
@@ -192,7 +223,7 @@ export class Chart {
       shrunk(smoothPart(usual ? clamped(part, usual) : part, this.by[i]), this.shrinkage),
     );
     this.parts = parts;
-    this.solid = new Set(curves.filter((_, i) => isJagged(parts[i].y)).map((curve) => curve.label));
+    this.solid = new Set(curves.filter((_, i) => isJagged(parts[i].y)).map((curve) => curve.series));
     this.#tellMissing(isLog ? curves : []);
     this.#note(curves);
     const hasPoints = parts.some((part) => part.x.length);
@@ -230,12 +261,12 @@ export class Chart {
       this.signature = signature;
       this.u = new uPlot(this.#options(curves, layout, isLog, largest > HUGE, width), data, this.plot);
     }
-    setAttribute(this.plot, "aria-label", this.#summary(curves));
+    setAttribute(this.plot, "aria-label", summaryOf(this, curves));
   }
 
   /** A dashed line is drawn solid where it would look like hatching. */
   dashOf(curve) {
-    return this.solid?.has(curve.label) ? [] : (curve.dash ?? []);
+    return this.solid?.has(curve.series) ? [] : (curve.dash ?? []);
   }
 
   /** The range without outliers, of all curves. */
@@ -251,7 +282,8 @@ export class Chart {
       .filter(([, values]) => values > 0)
       .map(([label, values, all]) => `${label} ${count(values)} of ${count(all)} values`);
     this.missing.hidden = !told.length;
-    setText(this.missing, told.length ? `Not shown on a logarithmic scale (0 or less): ${told.join(", ")}.` : "");
+    const some = shortened(told, (more) => `${more} more`);
+    setText(this.missing, told.length ? `Not shown on a logarithmic scale (0 or less): ${some.join(", ")}.` : "");
   }
 
   /** The range that the scale of the shown part follows: `[low, high]`, or null for all values. */
@@ -300,7 +332,7 @@ export class Chart {
       }
     });
     this.notes.hidden = !told.length;
-    setText(this.notes, told.join(" "));
+    setText(this.notes, shortened(told, (more) => `And ${more} more notes on other lines.`).join(" "));
   }
 
   #options(curves, layout, isLog, isHuge, width) {
@@ -359,7 +391,6 @@ export class Chart {
           ...(isBinary ? { incrs: POWERS } : isHuge ? { incrs: HUGE_STEPS } : {}),
         },
       ],
-      focus: { alpha: 0.2 },
       cursor: {
         y: false,
         drag: { x: true, y: false, setScale: false },
@@ -368,9 +399,9 @@ export class Chart {
         bind: { dblclick: () => () => this.board.zoom(null) },
       },
       hooks: {
-        setCursor: [(u) => this.#point(u)],
+        setCursor: [() => this.#point()],
         setSelect: [(u) => this.#select(u)],
-        draw: [(u) => this.#markOdd(u)],
+        draw: [(u) => drawMarks(this, u)],
       },
     };
   }
@@ -393,92 +424,16 @@ export class Chart {
     this.board.zoom(range);
   }
 
-  /** Crosses at the top where a value was not finite; arrows at the edges where one is beyond the scale. */
-  #markOdd(u) {
-    const { ctx } = u;
-    const size = 3 * devicePixelRatio;
-    const edge = size + 2;
-    ctx.save();
-    ctx.lineWidth = 1.5 * devicePixelRatio;
-    this.shown.forEach((curve, i) => {
-      ctx.beginPath();
-      ctx.strokeStyle = curve.colour;
-      for (const { index, isAbove } of sparsely(this.beyond?.[i] ?? [], (one) => this.#place(u, i, one.index))) {
-        const x = this.#place(u, i, index);
-        const y = isAbove ? u.bbox.top + edge : u.bbox.top + u.bbox.height - edge;
-        const tip = isAbove ? y - size : y + size;
-        ctx.moveTo(x - size, y);
-        ctx.lineTo(x, tip);
-        ctx.lineTo(x + size, y);
-      }
-      ctx.stroke();
-      ctx.beginPath();
-      ctx.strokeStyle = colours().bad;
-      for (const index of sparsely(curve.series.odd?.keys() ?? [], (one) => this.#place(u, i, one))) {
-        const [x, y] = [this.#place(u, i, index), u.bbox.top + edge];
-        ctx.moveTo(x - size, y - size);
-        ctx.lineTo(x + size, y + size);
-        ctx.moveTo(x + size, y - size);
-        ctx.lineTo(x - size, y + size);
-      }
-      ctx.stroke();
-    });
-    ctx.restore();
+  /** Follow the cursor. */
+  #point() {
+    const { cursor, data } = this.u ?? {};
+    const x = cursor?.left >= 0 && cursor.idx != null ? data[0][cursor.idx] : null;
+    writeReading(this, x ?? null);
   }
 
-  /** Where a point lies from left to right, on the canvas; NaN outside of the plot. */
-  #place(u, i, index) {
-    const x = u.valToPos(this.parts[i].x[index], "x", true);
-    return x < u.bbox.left || x > u.bbox.left + u.bbox.width ? NaN : x;
-  }
-
-  // ------------------------------------------------------------------------------------------------ the legend
-
-  /** Write the legend with the values at a place, or the last ones. */
-  #writeLegend(x = null) {
-    setText(this.readout, x === null ? "" : placeOn(this.board.view.axis, x));
-    const entries = this.all.map((curve) => {
-      const at = x === null ? -1 : this.shown.indexOf(curve);
-      return {
-        curve: { ...curve, dash: this.dashOf(curve) },
-        key: this.hideKey(curve),
-        label: curve.label,
-        isHidden: this.isHidden(curve),
-        ...(at < 0 ? { value: (curve.show ?? number)(curve.last ?? curve.series.last) } : this.#valueAt(at, x)),
-      };
-    });
-    writeLegend(this.legend, entries, this.board);
-    // The runs are named once, at the top.
-    this.legend.classList.toggle("compact", entries.length > 1 && this.all.every(({ run, label }) => run === label));
-  }
-
-  #point(u) {
-    const x = u.cursor.left >= 0 && u.cursor.idx !== null ? u.data[0][u.cursor.idx] : null;
-    this.#writeLegend(x ?? null);
-  }
-
-  /** What a curve reads at a place: `{value, raw}`, where `raw` is the value before smoothing, if it is smoothed. */
-  #valueAt(i, x) {
-    const { series, show = number, values } = this.shown[i];
-    const part = this.parts[i];
-    const at = nearest(part.x, part.x.length, x);
-    if (at < 0) return { value: "–" };
-    const raw = show((values ?? series.mean)[at]);
-    const y = part.y[at];
-    return this.by[i] > 0 && y !== null ? { value: show(y * this.shrinkage), raw } : { value: raw };
-  }
-
-  #summary(curves) {
-    const told = curves.slice(0, 6).map((curve) => {
-      const { series } = curve;
-      const show = curve.show ?? number;
-      if (!series.length) return `${curve.label}: nothing yet`;
-      const last = curve.last ?? series.last;
-      const ends = series.lowest ? `, lowest ${show(series.lowest.value)}, highest ${show(series.highest.value)}` : "";
-      return `${curve.label}: last ${show(last)} at step ${count(series.step[series.length - 1])}${ends}`;
-    });
-    const notes = [this.missing, this.notes].filter((one) => !one.hidden).map((one) => ` ${one.textContent}`);
-    return `Chart, ${this.title}. ${told.join(". ")}.${notes.join("")} Arrow keys read single points.`;
+  #left() {
+    this.isPointed = false;
+    if (this.isComparing) this.board.highlight(null);
   }
 
   #key(event) {
@@ -494,12 +449,7 @@ export class Chart {
       event.preventDefault();
       const x = xs[Math.min(xs.length - 1, Math.max(0, to))];
       this.u.setCursor({ left: this.u.valToPos(x, "x"), top: this.height / 2 });
-      const told = this.shown.map((curve, i) => {
-        const { value, raw } = this.#valueAt(i, x);
-        return `${curve.label} ${value}${raw ? ` (raw ${raw})` : ""}`;
-      });
-      const place = placeOn(this.board.view.axis, x);
-      announce(`${place[0].toUpperCase()}${place.slice(1)}: ${told.join(", ")}`);
+      tell(this, x);
     }
   }
 
@@ -518,25 +468,19 @@ export class Chart {
     // At a readable rate, and not while the reader scrolls.
     if (this.tableAt && (now - this.tableAt < TABLE_MS || this.holder.scrollTop > 0)) return;
     this.tableAt = now;
-    const groups = curves.map(({ series, values }) => ({
-      x: series.step.subarray(0, series.length),
-      columns: [Array.from((values ?? series.mean).subarray(0, series.length), (v, i) => series.odd?.get(i) ?? v)],
-    }));
-    const [xs, ...columns] = align(groups);
-    const length = xs?.length ?? 0;
-    const heads = [{ head: "Step", number: true }, ...curves.map((curve) => ({ head: curve.label, number: true }))];
-    const rows = [];
-    for (let i = length - 1; i >= Math.max(0, length - MOST_ROWS); i--) {
-      rows.push([
-        count(xs[i]),
-        ...columns.map((column, c) => (column[i] === undefined ? "" : (curves[c].show ?? number)(column[i]))),
-      ]);
-    }
-    const wide = Math.max(1, ...curves.map((curve) => curve.series.width ?? 1));
-    const merged = wide > 1 ? `; a row is the mean of up to ${count(wide)} values` : "";
-    const caption = `${this.title}: the newest ${rows.length} of ${count(length)} points${merged}`;
-    this.holder.replaceChildren(table(caption, heads, rows));
+    this.holder.replaceChildren(tableOf(this, curves));
   }
+}
+
+/** What hides a run in all charts. */
+export function runKey(runId) {
+  return `run:${runId}`;
+}
+
+/** The first texts, and how many more there are. */
+function shortened(texts, moreOf) {
+  if (texts.length <= MOST_NOTED + 1) return texts;
+  return [...texts.slice(0, MOST_NOTED), moreOf(count(texts.length - MOST_NOTED))];
 }
 
 /** The largest value of a series, without its sign. */
@@ -553,26 +497,4 @@ function endsOf(values) {
     if (value > high) high = value;
   }
   return low <= high ? [low, high] : null;
-}
-
-/** The points of a curve that lie beyond its scale: `{index, isAbove}`. */
-function placesBeyond({ y, low, high }, [least, most]) {
-  const found = [];
-  for (let index = 0; index < y.length; index++) {
-    if (y[index] === null) continue;
-    if ((high ?? y)[index] > most) found.push({ index, isAbove: true });
-    else if ((low ?? y)[index] < least) found.push({ index, isAbove: false });
-  }
-  return found;
-}
-
-/** Of marks that lie over each other only one is drawn: a run may be NaN for thousands of steps. */
-function* sparsely(marks, placeOf) {
-  let before = -Infinity;
-  for (const mark of marks) {
-    const place = placeOf(mark);
-    if (!(Math.abs(place - before) >= 5 * devicePixelRatio)) continue;
-    before = place;
-    yield mark;
-  }
 }

@@ -71,10 +71,11 @@ export function addressOf(runId, rest = "") {
 /**
  * Receives one run's events, and reconnects.
  *
- * `on` has `message(data)`, `state()`, `token()`. `store` has the position to resume from.
+ * `on` has `message(data)`, `state()`, `token()`. `store` has the position to resume from. With `isRead`, it reads the run
+ * once and stays closed until `follow`: a finished run has no news, and there may be many of them.
  */
 export class Connection {
-  constructor(store, on, { isMain }) {
+  constructor(store, on, { isMain, isRead = false }) {
     this.store = store;
     this.on = on;
     this.isMain = isMain;
@@ -84,6 +85,7 @@ export class Connection {
     this.heardAt = performance.now();
     this.retryAt = 0;
     this.#failures = 0;
+    this.#isRead = isRead;
     if (report) queueMicrotask(() => this.#tell());
     else this.#open();
   }
@@ -100,6 +102,7 @@ export class Connection {
   }
 
   #failures;
+  #isRead;
   #socket = null;
   #abort = null;
   #timer = null;
@@ -119,7 +122,7 @@ export class Connection {
 
   /** Seconds since the server's last message. */
   get silence_s() {
-    return report ? 0 : (performance.now() - this.heardAt) / 1000;
+    return report || (this.#isRead && this.state === "open") ? 0 : (performance.now() - this.heardAt) / 1000;
   }
 
   /** A problem to fix outside of the page, if any: `{text, fix}`. */
@@ -128,6 +131,14 @@ export class Connection {
     if (!this.#polls || this.state !== "open") return null;
     const text = `A proxy buffers the stream of events, so the page polls every ${POLL_S} s`;
     return { text, fix: "Disable its buffering for this address (nginx: proxy_buffering off;)." };
+  }
+
+  /** Follow the run's events from now on. */
+  follow() {
+    if (!this.#isRead || this.#stopped || report) return;
+    this.#isRead = false;
+    this.#drop();
+    this.#open();
   }
 
   /** Reconnect now. */
@@ -184,8 +195,19 @@ export class Connection {
   #open() {
     this.#openedAt = performance.now();
     this.#set("connecting", this.problem);
-    if (this.#usesEvents) this.#openEvents();
+    if (this.#isRead) this.#read();
+    else if (this.#usesEvents) this.#openEvents();
     else this.#openSocket();
+  }
+
+  async #read() {
+    const abort = (this.#abort = new AbortController());
+    try {
+      const response = await get(addressOf(this.store.runId), { signal: abort.signal });
+      this.#heard(await response.text());
+    } catch (error) {
+      this.#failed(error, abort);
+    }
   }
 
   #openSocket() {
@@ -310,14 +332,16 @@ export class Connection {
         }
       }
     } catch (error) {
-      if (abort.signal.aborted) return;
-      if (error instanceof TokenWanted) this.#wantToken();
-      else if (error.message === NO_RUN) this.#end(NO_RUN);
-      else {
-        if (this.#failures > 2) this.#usesEvents = this.#polls = false; // retry the WebSocket
-        this.#lost(error.message);
-      }
+      if (this.#failures > 2) this.#usesEvents = this.#polls = false; // retry the WebSocket
+      this.#failed(error, abort);
     }
+  }
+
+  #failed(error, abort) {
+    if (abort.signal.aborted) return;
+    if (error instanceof TokenWanted) this.#wantToken();
+    else if (error.message === NO_RUN) this.#end(NO_RUN);
+    else this.#lost(error.message);
   }
 
   async #poll(abort) {

@@ -1,11 +1,12 @@
-/** The legend of a chart. */
+/** The legend of a chart, and the list at its cursor. */
 
 import { el } from "./dom.js";
+import { count } from "./format.js";
 import { colours } from "./theme.js";
 import { html, render } from "./view.js";
 
 /** A sample of a curve's line: colour and pattern. */
-function Swatch({ curve }) {
+export function Swatch({ curve }) {
   const { colour, layer, isHatched, width = 2, dash = [] } = curve;
   const hatching = "M7 10 L17 0 M7 5 L12 0 M12 10 L17 5";
   return html`<svg class="swatch" width="26" height="10" aria-hidden="true">
@@ -31,6 +32,12 @@ export function swatch(curve) {
   return holder.firstElementChild;
 }
 
+/** Properties of an element that makes the other lines paler while the mouse or the focus is on it. */
+export function highlighting(board, key) {
+  const [on, off] = [() => board.highlight(key), () => board.highlight(null)];
+  return { onMouseEnter: on, onFocus: on, onMouseLeave: off, onBlur: off };
+}
+
 /**
  * Write a legend. `entries`: `{curve, key, label, isHidden, value, raw}`; of several, each is a button that hides its curve,
  * and makes the others paler while the mouse or the focus is on it. `board`: hides and highlights by `key`.
@@ -38,14 +45,12 @@ export function swatch(curve) {
 export function writeLegend(root, entries, board) {
   const item = ({ curve, key, label, isHidden, value, raw }) => {
     const name = html`<${Swatch} curve=${curve} /><span class="name" title=${label}>${label}</span>`;
-    const on = { onMouseEnter: () => board.highlight(key), onFocus: () => board.highlight(key) };
-    const off = { onMouseLeave: () => board.highlight(null), onBlur: () => board.highlight(null) };
     const button = html`<button
       type="button"
       title=${label}
       aria-pressed=${String(!isHidden)}
       onClick=${() => board.hide(key)}
-      ...${{ ...on, ...off }}
+      ...${highlighting(board, key)}
     >
       ${name}
     </button>`;
@@ -55,4 +60,16 @@ export function writeLegend(root, entries, board) {
     </li>`;
   };
   render(entries.map(item), root);
+}
+
+/** Write the list at a chart's cursor. `read`: `{curve, value, raw}`, some of `all` curves; `lit`: the highlighted one. */
+export function writeTip(root, read, all, lit) {
+  root.hidden = !read.length;
+  const item = (one) =>
+    html`<li class=${one === lit ? "lit" : null}>
+      <${Swatch} curve=${one.curve} /><span class="name">${one.curve.label}</span>
+      <span class="value">${one.value}${one.raw && html`<span class="raw"> raw ${one.raw}</span>`}</span>
+    </li>`;
+  const more = all - read.length;
+  render([...read.map(item), more > 0 && read.length && html`<li class="hint">and ${count(more)} more</li>`], root);
 }

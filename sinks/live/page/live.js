@@ -1,6 +1,7 @@
 /** The page: it chooses the shown runs, updates their parts, and handles the reader's actions. */
 
 import { Board } from "./board.js";
+import { fillCompared } from "./compared.js";
 import { Connection, get, NO_RUN, report, token, TokenWanted } from "./connection.js";
 import { freshCommandId, isNarrow, setUpControls, showCommands, showControls, toast, WORDS } from "./controls.js";
 import { announce, contained, setAttribute, setText } from "./dom.js";
@@ -10,15 +11,14 @@ import { swatch } from "./legend.js";
 import { fillHistograms, fillMedia } from "./media.js";
 import { ChartMenu } from "./menu.js";
 import { Checkpoints, fillAbout, fillObservers, fillProblems, fillRanks, Log } from "./panels.js";
-import { fillCompared, RunList, statusOf } from "./runs.js";
+import { RunList, statusOf } from "./runs.js";
 import { Sections } from "./sections.js";
 import { Layout, View } from "./settings.js";
-import { RunStore } from "./store.js";
-import { colours, DASHES } from "./theme.js";
+import { mostPoints, RunStore } from "./store.js";
+import { DASHES, runColour } from "./theme.js";
 
 /** Maximum seconds of silence before the page marks its data as old. */
 const STALE_S = 5;
-const MOST_COMPARED = DASHES.length;
 const LIST_MS = 5000;
 const FIRST_LIST_MS = 1500;
 /** Number of lists in a row that must lack a run before it counts as removed. */
@@ -29,6 +29,8 @@ const MOST_NAMED = 12;
 /** Minimum time between updates of tables and figures. */
 const WRITE_MS = 250;
 const NAME = "stagecast";
+/** States from which a run changes only by another attempt. */
+const OVER = new Set(["finished", "stopped", "failed", "cancelled", "lost", "damaged"]);
 
 function byId(id) {
   return document.getElementById(id);
@@ -41,6 +43,7 @@ class App {
     this.chosen = []; // the first is the one whose tables are shown
     this.open = new Map(); // run id -> {store, connection, slot}
     this.runs = [];
+    this.listed = new Map(); // the same by their names
     this.lacking = new Map(); // chosen runs -> how many lists in a row have lacked them
     this.clock = null; // of the server: {time, at}, in Unix seconds and by `performance.now()`
     this.pending = new Map(); // commands without an answer
@@ -77,7 +80,7 @@ class App {
 
   readFragment() {
     const wanted = new URLSearchParams(location.hash.slice(1));
-    this.chosen = [...new Set(wanted.getAll("run"))].slice(0, MOST_COMPARED);
+    this.chosen = [...new Set(wanted.getAll("run"))];
     this.view.read(wanted);
   }
 
@@ -104,6 +107,7 @@ class App {
       const time = Date.parse(response.headers.get("date")) / 1000;
       this.clock = Number.isFinite(time) ? { time, at: performance.now() } : null;
       this.runs = (await response.json()).runs;
+      this.listed = new Map(this.runs.map((run) => [run.run_id, run]));
       isKnown = true;
     } catch (error) {
       if (error instanceof TokenWanted) this.askToken();
@@ -126,8 +130,9 @@ class App {
 
   /** Find the chosen runs that the list lacks, and connect to those that are listed again. */
   lookForChosen() {
+    const known = new Set(this.runs.map((run) => run.run_id));
     for (const runId of this.chosen) {
-      const isListed = this.runs.some((run) => run.run_id === runId) || this.runs.length >= MOST_LISTED;
+      const isListed = known.has(runId) || this.runs.length >= MOST_LISTED;
       this.lacking.set(runId, isListed ? 0 : (this.lacking.get(runId) ?? 0) + 1);
       const connection = this.open.get(runId)?.connection;
       if (isListed && connection?.state === "gone" && connection.problem === NO_RUN) connection.retry();
@@ -164,15 +169,19 @@ class App {
     }
     for (const runId of this.chosen) {
       if (this.open.has(runId)) continue;
-      const store = new RunStore(runId);
+      const store = new RunStore(runId, (names) => mostPoints(names, this.chosen.length));
       const taken = new Set([...this.open.values()].map((one) => one.slot));
-      const slot = DASHES.findIndex((_, index) => !taken.has(index));
-      const one = { store, slot };
+      let slot = 0;
+      while (taken.has(slot)) slot += 1;
+      const listed = this.listed.get(runId);
+      const isRead = runId !== this.chosen[0] && OVER.has(listed?.status); // once, without a connection
+      const one = { store, slot, updated: listed?.updated };
       this.open.set(runId, one);
       const on = { message: (data) => this.take(one, data), state: () => this.write(), token: () => this.askToken() };
-      one.connection = new Connection(store, on, { isMain: runId === this.chosen[0] });
+      one.connection = new Connection(store, on, { isMain: runId === this.chosen[0], isRead });
       this.isRearranged = true;
     }
+    for (const { store } of this.open.values()) store.limit();
     const focus = this.focus();
     if (focus !== this.lastFocus) {
       this.lastFocus = focus;
@@ -181,9 +190,24 @@ class App {
       for (const part of ["run", "log", "checkpoints", "observers", "ranks", "media", "histograms", "arguments", "points"])
         focus?.store.touched.add(part);
     }
+    for (const [runId, one] of this.open) {
+      const listed = this.listed.get(runId);
+      const isChanged = listed !== undefined && (listed.updated !== one.updated || !OVER.has(listed.status));
+      if (one === focus || isChanged) one.connection.follow();
+    }
     showControls(this);
     this.fillList();
     this.write();
+  }
+
+  /** How a run is drawn: `{colour, dash, label}`; its notes have its own colour and name. */
+  lookOf({ store, slot }) {
+    const listed = this.listed.get(store.runId) ?? store.run;
+    return {
+      colour: /^#[0-9a-f]{6}$/.test(listed.colour) ? listed.colour : runColour(slot),
+      dash: this.chosen.length > DASHES.length ? [] : (DASHES[slot] ?? []), // of many, patterns look alike
+      label: listed.label || store.runId,
+    };
   }
 
   /** The run whose tables are shown: the first chosen one that exists. */
@@ -221,8 +245,8 @@ class App {
     const markOf = (runId) => {
       const one = this.isComparing() ? this.open.get(runId) : null;
       if (!one) return null;
-      const curve = { colour: colours().run[one.slot], dash: DASHES[one.slot] };
-      return { colour: `${curve.colour}${one.slot}`, swatch: () => swatch(curve) };
+      const curve = this.lookOf(one);
+      return { colour: `${curve.colour}${curve.dash}`, swatch: () => swatch(curve) };
     };
     // The stores of connected runs are newer than the list.
     const runs = this.runs.map((run) => {
@@ -231,7 +255,7 @@ class App {
         ? { ...store.run, latest: { val_loss: store.last("val_loss"), train_loss: store.last("train_loss") } }
         : run;
     });
-    this.list.fill(runs, this.chosen, (runId) => this.fragment([runId]), markOf, MOST_COMPARED, this.now());
+    this.list.fill(runs, this.chosen, (runId) => this.fragment([runId]), markOf, Infinity, this.now());
   }
 
   reconnect() {

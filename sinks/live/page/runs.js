@@ -3,8 +3,6 @@
 import { contained, el, reconcile, setAttribute, setText } from "./dom.js";
 import { ago, count, duration, number } from "./format.js";
 import { matcher } from "./match.js";
-import { swatch } from "./legend.js";
-import { colours, DASHES } from "./theme.js";
 
 function byId(id) {
   return document.getElementById(id);
@@ -124,67 +122,4 @@ function durationOf({ status, started, ended, updated }, now) {
   if (!started) return "";
   const until = status === "running" ? Math.max(now, updated) : (ended ?? updated);
   return duration(Math.max(0, Math.round(until - started)));
-}
-
-const compared = new Map();
-/** The legend of several runs, above the charts. */
-export function fillCompared(app, staleS) {
-  const root = byId("compared");
-  root.hidden = !app.isComparing();
-  const runs = app.isComparing() ? app.shownRuns() : [];
-  const keyOf = ({ store, slot }) =>
-    JSON.stringify([store.runId, slot, colours().run[slot], store === app.focus()?.store]);
-  const byKey = new Map(runs.map((one) => [keyOf(one), one]));
-  reconcile(root, compared, [...byKey.keys()], (key) => {
-    const { store, slot } = byKey.get(key);
-    const isFocus = store === app.focus()?.store;
-    const state = el("span", { class: "hint" });
-    const promote = () => app.promote(store.runId);
-    const action = isFocus
-      ? el("span", { class: "hint", text: "tables below" })
-      : el("button", {
-          type: "button",
-          class: "quiet",
-          "aria-label": `Show the tables of ${store.runId}`,
-          text: "Show its tables",
-          onclick: promote,
-        });
-    return {
-      root: el(
-        "li",
-        {},
-        swatch({ colour: colours().run[slot], dash: DASHES[slot] }),
-        el("span", { text: store.runId }),
-        state,
-        action,
-      ),
-      state,
-    };
-  });
-  for (const [key, one] of byKey)
-    if (!contained(() => writeCompared(compared.get(key), one, app, staleS)))
-      setText(compared.get(key).state, "⚠ cannot be shown");
-}
-
-function writeCompared(item, { store, connection }, app, staleS) {
-  const problem =
-    connection.state === "open" && connection.silence_s <= staleS
-      ? ""
-      : ` · ⚠ ${connection.problem ?? "not connected"}`;
-  const { run } = store;
-  const isMissing = app.isMissing(store.runId);
-  const { glyph, word } = statusOf(isMissing ? { status: "missing" } : run);
-  if (!store.isLoaded) {
-    setText(item.state, isMissing ? `⚠ no such run` : `${glyph} ${word}${problem}`);
-    return;
-  }
-  const facts = [
-    `${glyph} ${word}`,
-    `step ${count(run.global_step ?? 0)}`,
-    ...["train_loss", "val_loss"]
-      .filter((name) => store.last(name) !== undefined)
-      .map((name) => `${name === "val_loss" ? "validation" : "train"} loss ${number(store.last(name))}`),
-    run.started ? duration(Math.max(0, Math.round(store.runningUntil(problem !== "") - run.started))) : null,
-  ];
-  setText(item.state, `${facts.filter(Boolean).join(" · ")}${problem}`);
 }

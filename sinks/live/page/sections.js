@@ -8,6 +8,11 @@ import { matcher } from "./match.js";
 import { MOST_SERIES } from "./store.js";
 import { colours, DASHES, LAYERS } from "./theme.js";
 
+/** Maximum series of the page's charts. */
+const MOST_DRAWN = 2000;
+/** Maximum runs with a row each in the table of validation; the comparison has those of more. */
+const FEW_RUNS = 6;
+
 const FIRST_METRICS = 48;
 const MORE_METRICS = 96;
 const SEARCH_FROM = 8;
@@ -65,6 +70,7 @@ export class Sections {
         "metrics-filter",
         "metrics-fold",
         "metrics-left-out",
+        "series-left-out",
         "metrics-none",
         "metrics-more",
         "ledger-section",
@@ -103,8 +109,12 @@ export class Sections {
   /** Update the charts for new names, or other runs. */
   arrange() {
     const kinds = { train: new Set(), validation: new Set(), system: new Set(), ledger: new Set(), user: new Set() };
+    this.counts = new Map(); // name -> how many of the runs have it
     for (const { store } of this.app.shownRuns()) {
-      for (const name of store.series.keys()) kinds[kindOf(name, store.stages)].add(name);
+      for (const name of store.series.keys()) {
+        kinds[kindOf(name, store.stages)].add(name);
+        this.counts.set(name, (this.counts.get(name) ?? 0) + 1);
+      }
     }
     const validation = groupKeys(
       [...kinds.validation].filter(
@@ -128,15 +138,16 @@ export class Sections {
       },
       metrics: { keys: metrics, of: () => small },
     };
+    this.drawn = this.leftOut = 0; // series
     this.#arrangePinned();
-    for (const part of ["training", "validation", "system"]) {
-      const { keys } = this.sources[part];
-      this.#place(part, this.parts[part], this.known[part], keys.map((key) => `${part}/${key}`));
-    }
+    this.#arrangePart("training");
+    this.#arrangePart("validation");
+    this.#arrangeMetrics(metrics);
+    this.#arrangePart("system");
+    this.#tellLimit();
     this.parts["validation-section"].hidden = kinds.validation.size === 0;
     this.parts["system-section"].hidden = system.size === 0;
     this.parts["ledger-section"].hidden = !this.app.focus()?.store.get("ledger/wall_s");
-    this.#arrangeMetrics(metrics);
     this.app.board.wake();
   }
 
@@ -146,11 +157,39 @@ export class Sections {
     this.arrange();
   }
 
+  #arrangePart(part) {
+    const keys = this.sources[part].keys.map((key) => `${part}/${key}`);
+    this.#place(part, this.parts[part], this.known[part], this.#fitting(keys));
+  }
+
+  /** The first of some charts that are not pinned: those whose series are within the page's limit. */
+  #fitting(keys) {
+    const fitting = [];
+    for (const key of keys) {
+      if (this.pinned?.has(key)) continue;
+      const series = this.#namesOf(key).reduce((sum, name) => sum + (this.counts.get(name) ?? 0), 0);
+      if (this.leftOut || this.drawn + series > MOST_DRAWN) this.leftOut += series;
+      else {
+        this.drawn += series;
+        fitting.push(key);
+      }
+    }
+    return fitting;
+  }
+
+  #tellLimit() {
+    const all = this.drawn + this.leftOut;
+    const text = `${count(this.drawn)} of ${count(all)} series are drawn; choose fewer runs or filter metrics.`;
+    this.parts["series-left-out"].hidden = !this.leftOut;
+    setText(this.parts["series-left-out"], this.leftOut ? text : "");
+  }
+
   /** The pinned charts that the shown runs have: they leave their sections. */
   #arrangePinned() {
     const all = new Set();
     for (const [part, { keys }] of Object.entries(this.sources)) for (const key of keys) all.add(`${part}/${key}`);
-    this.pinned = new Set(this.app.layout.pinned.filter((key) => all.has(key)));
+    this.pinned = null;
+    this.pinned = new Set(this.#fitting(this.app.layout.pinned.filter((key) => all.has(key))));
     this.#place("pinned", this.parts.pinned, this.known.pinned, [...this.pinned]);
     this.parts["pinned-section"].hidden = this.pinned.size === 0;
   }
@@ -174,8 +213,9 @@ export class Sections {
     const shown = new Map(); // prefix -> keys of the charts
     for (const prefix of this.prefixes) {
       const isFolded = view.folded.has(prefix) && prefix !== "";
-      const keys = isFolded ? [] : layout.sorted(`metrics/${prefix}`, byPrefix.get(prefix)).slice(0, room);
-      isMore ||= !isFolded && keys.length < byPrefix.get(prefix).length;
+      const wantedKeys = isFolded ? [] : layout.sorted(`metrics/${prefix}`, byPrefix.get(prefix)).slice(0, room);
+      const keys = this.#fitting(wantedKeys);
+      isMore ||= !isFolded && wantedKeys.length < byPrefix.get(prefix).length;
       if (!isFolded && !keys.length) break;
       room -= keys.length;
       shown.set(prefix, keys);
@@ -183,7 +223,7 @@ export class Sections {
     reconcile(this.parts.metrics, this.groups, [...shown.keys()], (prefix) => this.#group(prefix));
     for (const [prefix, keys] of shown) this.groups.get(prefix).fill(keys, byPrefix.get(prefix).length, shown.size > 1);
     this.#tellMetrics(names, found, this.most - room, problem);
-    this.parts["metrics-more"].hidden = !isMore;
+    this.parts["metrics-more"].hidden = !isMore || this.leftOut > 0;
     const prefixes = this.prefixes.filter(Boolean);
     this.parts["metrics-fold"].hidden = prefixes.length < 2;
     setText(
@@ -272,13 +312,17 @@ export class Sections {
     const at = key.indexOf("/");
     const [part, title] = [key.slice(0, at), key.slice(at + 1)];
     const { labels = (name) => name, isWide = false, ...options } = this.sources[part].of(title);
-    const names = () => {
-      const found = this.names[part]?.get(title);
-      return part === "metrics" ? [title] : (found?.names ?? found ?? []);
-    };
-    const chart = new Chart({ title, key, curves: () => this.#curves(names(), labels), ...options });
+    const chart = new Chart({ title, key, curves: () => this.#curves(this.#namesOf(key), labels), ...options });
     if (isWide) chart.root.classList.add("wide");
     return chart;
+  }
+
+  /** The names of the series of a chart. */
+  #namesOf(key) {
+    const at = key.indexOf("/");
+    const [part, title] = [key.slice(0, at), key.slice(at + 1)];
+    const found = this.names[part]?.get(title);
+    return part === "metrics" ? [title] : (found?.names ?? found ?? []);
   }
 
   /** A curve for each run and name: colour and pattern belong to the run, or, if there is but one, to the name. */
@@ -286,27 +330,30 @@ export class Sections {
     const { run } = colours();
     const isComparing = this.app.isComparing();
     const curves = [];
-    for (const { store, slot } of this.app.shownRuns()) {
+    for (const one of this.app.shownRuns()) {
+      const { store } = one;
+      const look = isComparing ? this.app.lookOf(one) : null;
       names.forEach((name, index) => {
         const series = store.get(name);
         if (!series) return;
-        const at = isComparing ? slot : index % DASHES.length;
+        const at = index % DASHES.length;
         const label = labels(name);
         curves.push({
           series,
           label: isComparing
             ? names.length > 1
-              ? `${store.runId} · ${label}`
-              : store.runId
+              ? `${look.label} · ${label}`
+              : look.label
             : names.length > 1 || label !== name
               ? label
               : "last",
           run: isComparing ? store.runId : null,
+          name: isComparing && names.length > 1 ? label : null,
           started: store.run.started ?? 0,
           epochSteps: store.run.steps_per_epoch,
           ...unitOf(name),
-          colour: run[at],
-          dash: DASHES[at],
+          colour: look?.colour ?? run[at],
+          dash: look?.dash ?? DASHES[at],
           width: !isComparing ? 1.75 : index > 0 ? 2.5 : 1.25,
           isSparse: kindOf(name, store.stages) === "validation", // smoothed, it would lag far behind
         });
@@ -329,7 +376,8 @@ export class Sections {
     const isComparing = this.app.isComparing();
     const rows = [];
     const names = new Set();
-    for (const { store } of runs)
+    this.parts["validation-table"].hidden = runs.length > FEW_RUNS;
+    for (const { store } of runs.length > FEW_RUNS ? [] : runs)
       for (const name of store.series.keys()) if (kindOf(name, store.stages) === "validation") names.add(name);
     for (const name of [...names].sort(byName).slice(0, 200)) {
       const winner = bestOf(name, runs);

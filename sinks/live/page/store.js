@@ -5,6 +5,17 @@ export const MOST_POINTS = 4000;
 const MOST_POINTS_OF_MANY = 1000;
 const MANY = 200;
 export const MOST_SERIES = 2000;
+/** Maximum points of a page: of all curves, and of one name in all runs. */
+const MOST_OF_ALL = 2_000_000;
+const MOST_OF_A_NAME = 24_000;
+
+/** Maximum points of a series, of so many names in each of so many runs. */
+export function mostPoints(names, runs) {
+  const most = names > MANY ? MOST_POINTS_OF_MANY : MOST_POINTS;
+  const ofAll = Math.max(128, Math.floor(MOST_OF_ALL / Math.max(1, names * runs)));
+  return Math.min(most, Math.max(400, Math.floor(MOST_OF_A_NAME / runs)), ofAll);
+}
+
 export const MOST_LINES = 1000;
 const MOST_CHECKPOINTS = 1000;
 const MOST_OBSERVERS = 200;
@@ -51,7 +62,7 @@ export class Series {
     series.weight.fill(series.width, 0, length);
     if (length) series.weight[length - 1] = Math.max(1, series.count - series.width * (length - 1));
     series.last = data.last ?? null; // a merged point lacks it
-    while (series.length > series.most) series.#halve();
+    series.limit(most);
     return series;
   }
 
@@ -89,6 +100,12 @@ export class Series {
     this.last = finite ? value : String(value ?? "nan");
     this.count += 1;
     this.version += 1;
+  }
+
+  /** Change its maximum number of points. */
+  limit(most) {
+    this.most = most;
+    while (this.length > this.most) this.#halve();
   }
 
   #remember(low, high, step) {
@@ -141,8 +158,10 @@ function pick(choose, a, b) {
 
 /** The shown state of one run. `touched` names the parts that changed since the last drawing: "run", "log", "names"... */
 export class RunStore {
-  constructor(runId) {
+  /** `most`: the maximum points of a series by the number of names. */
+  constructor(runId, most = (names) => mostPoints(names, 1)) {
     this.runId = runId;
+    this.most = most;
     this.touched = new Set();
     this.isLoaded = false;
     this.generation = 0; // rises with each snapshot
@@ -174,6 +193,12 @@ export class RunStore {
     return this.series.get(name);
   }
 
+  /** Merge points after more runs have joined the page. */
+  limit() {
+    const most = this.most(this.series.size);
+    for (const series of this.series.values()) if (series.most > most) series.limit(most);
+  }
+
   /** The last value under a name: a number, "nan", "inf", "-inf", or undefined. */
   last(name) {
     return this.series.get(name)?.last ?? this.run.latest?.[name];
@@ -188,7 +213,7 @@ export class RunStore {
     this.config = data.config ?? {};
     this.versions = data.versions ?? {};
     const entries = Object.entries(data.series ?? {}).slice(0, MOST_SERIES);
-    const most = entries.length > MANY ? MOST_POINTS_OF_MANY : MOST_POINTS;
+    const most = this.most(entries.length);
     for (const [name, columns] of entries) this.series.set(name, Series.of(name, columns, most));
     this.#take(data);
     this.isLoaded = true;
@@ -214,7 +239,7 @@ export class RunStore {
         let series = this.series.get(name);
         if (series === undefined) {
           if (this.series.size >= MOST_SERIES) continue;
-          series = new Series(name, this.series.size > MANY ? MOST_POINTS_OF_MANY : MOST_POINTS);
+          series = new Series(name, this.most(this.series.size));
           this.series.set(name, series);
           this.touched.add("names");
         }
