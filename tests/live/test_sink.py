@@ -265,13 +265,15 @@ def test_an_attempt_that_resumes_shows_the_curves_before_it(told: Told) -> None:
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-def test_watch_ends_with_a_signal(number: str, told: Told, process: Start) -> None:
-    """Clients by both protocols are informed, and nothing but its own lines is printed."""
-    told.start()
-    one = process("-m", "trainer.cli.main", "watch", str(told.path.parent), "--port", "0", "--no-token")
+def test_watch_ends_with_a_signal(number: str, tmp_path: Path, process: Start) -> None:
+    """Clients by both protocols are informed, and nothing but its own lines is printed. It may start before the run."""
+    one = process("-m", "trainer.cli.main", "watch", str(tmp_path / "runs"), "--port", "0", "--no-token")
     assert one.stdout is not None
-    line = one.stdout.readline()
-    url = "http" + line.partition("http")[2].strip()
+    link, _, waits = (one.stdout.readline() for _ in range(3))
+    assert waits == f"{tmp_path / 'runs'} does not exist yet: the page shows its runs as soon as one starts.\n"
+    url = "http" + link.partition("http")[2].strip()
+    assert httpx.get(url + "api/runs").json() == {"runs": []}
+    told = Told(tmp_path / "runs" / "demo", steps=1)
     with watch(url) as socket, httpx.stream("GET", url + "api/runs/demo/events", timeout=10) as events:
         socket.send(Watcher().hello())
         socket.recv(timeout=10)
@@ -283,6 +285,7 @@ def test_watch_ends_with_a_signal(number: str, told: Told, process: Start) -> No
                 socket.recv(timeout=10)
         assert list(parts) is not None  # it ends, as it should, and is not cut off
     assert code_of(closed) == 1012
+    told.let_go()
     out, _ = one.communicate(timeout=20)
     assert one.returncode in (0, -getattr(signal, number))
     assert "Traceback" not in out

@@ -148,6 +148,7 @@ def test_commands_print_names_and_errors_of_strangers_as_their_escapes(
     header = (BAD, 1, 1, 1.5, 0, 0, 0, None)
     event = ObserverFailed(*header, BAD, BAD, BAD)
     (run / "journal" / f"{1:020}.jsonl").write_bytes(encode_json(event) + b"\n{}\n")
+    (run / BAD).touch()
     for arguments in (
         ["checkpoints", "list", str(run)],
         ["checkpoints", "verify", str(run)],

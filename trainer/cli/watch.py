@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import tempfile
@@ -22,18 +23,18 @@ def watch(
     """Serve until a signal arrives; returns the exit code.
 
     Args:
-        folder: Or the address of a NATS server, with or without a run.
+        folder: It may not exist yet. Or the address of a NATS server, with or without a run.
         alerts: Targets of alerts about the runs, or the fields of `sinks.Alert` as JSON.
         no_token: Serve clients without a token; otherwise they need that of ``STAGECAST_TOKEN``, or a new one.
 
     Raises:
-        RunFolderError: There is no such folder.
+        RunFolderError: It is not a folder.
         ArgumentsError: It is the address of a NATS server, and not valid.
         ConnectionError: No NATS server answers there.
         SinkMisconfigured: A package is missing, the address cannot be served, or it needs a token.
     """
     is_nats = folder.lower().startswith(("nats://", "tls://"))
-    if not is_nats and not Path(folder).is_dir():
+    if not is_nats and os.path.lexists(folder) and not Path(folder).is_dir():
         raise RunFolderError(f"{folder} is not a folder; name a run folder, or a folder of run folders")
     for package in ("starlette", "uvicorn", "websockets"):
         require(package, "live", "stagecast watch")
@@ -65,6 +66,8 @@ def watch(
         who = "Anyone with this link" if token is not None else "Every user of this machine"
         may = "may watch, stop and pause the runs" if commands else "may watch the runs (--commands: and stop them)"
         echo(f"{shown} can be watched at {server.link}", f"{who} {may}. Ctrl-C stops the server, not the runs.")
+        if not is_nats and not Path(folder).is_dir():
+            echo(f"{folder} does not exist yet: the page shows its runs as soon as one starts.")
         server.run()
     return 0
 
