@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from events.card import result_card
 from events.messages import Event, StallLedger, Status
 
 
@@ -64,6 +65,10 @@ class ObserverReport(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
+_LOSSES = ("train_loss", "train_epoch_loss", "val_loss")
+_MOST_LOSSES = 8
+
+
 class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     """How a run ended. Plain host data."""
 
@@ -85,11 +90,27 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     best_checkpoint: str | None = None
     """Folder of the run's durable checkpoint with the best `Checkpoints.best`; None if it has none."""
     best_metric: float | None = None
-    """The value of ``Checkpoints.best`` in it."""
+    """The value of ``Checkpoints.best`` in it..."""
+    best: str | None = None
+    """...and the name of that metric."""
     weights: str | None = None
     """The file with the weights alone that this attempt wrote at its end (`Checkpoints.weights`)."""
     problems: list[str] = []
     """What is unhealthy about this attempt, one sentence each (`events.health`). Empty: nothing is."""
+
+    def __repr__(self) -> str:
+        """Return the identity of the run, its end and its losses; `msgspec.structs.asdict` has all."""
+        shown = {"run_id": self.run_id, "status": self.status, "global_step": self.global_step, "epochs": self.epochs}
+        losses = {name: value for name, value in self.metrics.items() if name.split("/")[0] in _LOSSES}
+        few = dict(list(losses.items())[:_MOST_LOSSES])
+        texts = [f"{name}={value!r}" for name, value in (shown | few).items()]
+        texts += [f"checkpoint={self.checkpoint!r}"] if self.checkpoint else []
+        texts += [f"problems={len(self.problems)}"] if self.problems else []
+        return f"RunResult({', '.join(texts)})"
+
+    def _repr_html_(self) -> str:
+        """Return the card that a notebook shows."""
+        return result_card(self)
 
 
 class EventStream(Protocol):

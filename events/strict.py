@@ -91,6 +91,7 @@ def refusing(aliases: Mapping[str, str]) -> Callable[[_Method], _Method]:
     def decorate(method: Any) -> Any:
         @functools.wraps(method)
         def call(self: object, *args: object, **kwargs: object) -> object:
+            __tracebackhide__ = True
             if args or kwargs:
                 where = f"{type(self).__name__}.{method.__name__}() takes no arguments"
                 named = [f"instead of {name}, {aliases[name]}" for name in kwargs if name in aliases]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Iterable
-from types import FrameType
+from types import FrameType, TracebackType
 
 from events.masking import masked
 from events.text import plain_lines
@@ -70,6 +70,27 @@ def is_ours(path: str) -> bool:
     """Whether a source file is of this library, or the one of torch's through which it calls a module."""
     folder = os.path.dirname(path)
     return path.endswith(_TORCH_CALL) or (folder.startswith(_OURS) and not folder.endswith("examples"))
+
+
+def drop_own_frames(error: BaseException) -> None:
+    """Remove this library's frames from the tracebacks of an exception and of its causes, for a notebook's output.
+
+    Frames through which the exception is raised further are added later: they have ``__tracebackhide__``, by which
+    IPython and pytest skip them.
+    """
+    for one in chain_of(error):
+        kept = [frame for frame in _frames_of(one) if not is_ours(frame.tb_frame.f_code.co_filename)]
+        for frame, following in zip(kept, [*kept[1:], None], strict=True):
+            frame.tb_next = following
+        one.__traceback__ = kept[0] if kept else None
+
+
+def _frames_of(error: BaseException) -> Iterable[TracebackType]:
+    frame = error.__traceback__
+    while frame is not None:
+        following = frame.tb_next
+        yield frame
+        frame = following
 
 
 def format_stack(frame: FrameType) -> str:

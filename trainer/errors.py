@@ -204,6 +204,10 @@ class RunInterrupted(KeyboardInterrupt):
     def __str__(self) -> str:
         return _how_stopped(self.result, "SIGINT")
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows: the person who stopped the run knows where."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class RunTerminated(SystemExit):
     """SIGTERM stopped `Trainer.train` or `Trainer.test`, as SIGINT does (`RunInterrupted`).

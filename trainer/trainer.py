@@ -6,14 +6,12 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import RunCancelled
 from events.journal.writer import Journal
 from events.log import Warned, collecting, collects, flush_stderr
@@ -25,7 +23,6 @@ from events.strict import argument_problems, refusing
 from trainer.arguments import TrainerArguments, trainer_aliases
 from trainer.checkpoint.fetch import KEYWORDS
 from trainer.checkpoint.init_from import InitFrom
-from trainer.checkpoint.resume import CheckpointPlan
 from trainer.distributed.ending import arm
 from trainer.distributed.launcher import NO_JOB, Job
 from trainer.distributed.world import World, opened
@@ -47,10 +44,12 @@ from trainer.run.checks import (
     numbered,
 )
 from trainer.run.context import RunContext
+from trainer.run.defaults import console, new_run_id
 from trainer.run.observers import Callback, SinkLike, split
 from trainer.run.place import RunPlace, is_within
-from trainer.run.record import RunRecord, factory_config, plain_config
-from trainer.run.session import Session, console, in_turn, new_run_id
+from trainer.run.record import RunRecord, plain_config
+from trainer.run.relocation import relocating
+from trainer.run.session import Session, in_turn
 
 _ALIASES = trainer_aliases("set {} in TrainerArguments")
 
@@ -179,6 +178,7 @@ class Trainer:
             RunTerminated: the same for a SIGTERM.
             BaseException: what a step, or an observer whose policy is fatal, raised; as itself.
         """
+        __tracebackhide__ = True  # IPython and pytest show the user's frames only
         return self._run_here("train")[1]
 
     @refusing(TRAIN_ARGUMENTS)
@@ -198,6 +198,7 @@ class Trainer:
             RunInterrupted: a SIGINT stopped it, as for `train`.
             RunTerminated: a SIGTERM stopped it.
         """
+        __tracebackhide__ = True
         return _whole("validation", self._run_here("validate")[1]).metrics
 
     @refusing(TRAIN_ARGUMENTS)
@@ -214,6 +215,7 @@ class Trainer:
             RunInterrupted: a SIGINT stopped it, as for `train`.
             RunTerminated: a SIGTERM stopped it.
         """
+        __tracebackhide__ = True
         session, result = self._run_here("test")
         _whole("test", result)
         return session.loop.task.outputs
@@ -237,6 +239,7 @@ class Trainer:
         return RunContext(self)
 
     def _run_here(self, task: TaskName, control: Control | None = None) -> tuple[Session, RunResult]:
+        __tracebackhide__ = True
         on_main_thread = threading.current_thread() is threading.main_thread()
         control = control or Control()
         with opened(self.arguments) as world:
@@ -359,41 +362,3 @@ def _whole(what: str, result: RunResult) -> RunResult:
     if result.status != "finished":
         raise RunCancelled(f"the {what} was {result.status} before its end ({result.reason})")
     return result
-
-
-relocating: ContextVar[bool] = ContextVar("stagecast_relocating", default=False)
-"""Set while a factory builds the trainer that `relocate` is going to place."""
-
-
-def relocate(trainer: Trainer, run_id: str | None, run_dir: str | None, resume: str | None) -> None:
-    """What `launch` was given takes the place of what the factory of the trainer chose.
-
-    Raises:
-        ArgumentsError: it cannot.
-    """
-    problems: list[str] = []
-    check_folder(trainer._journal, run_id, run_dir, problems)
-    check_named(run_id or trainer._run_id, run_dir or trainer._run_dir, resume or trainer._resume, problems)
-    if problems:
-        raise ArgumentsError("launch: " + "; ".join(problems))
-    trainer._run_id = run_id or trainer._run_id
-    trainer._run_dir = run_dir or trainer._run_dir
-    trainer._resume = resume or trainer._resume
-
-
-def record_launch(trainer: Trainer, arguments: Mapping[str, Any], command_line: str) -> None:
-    """Record the arguments of the factory that has built the trainer, and the command line of the launching process."""
-    trainer._config = factory_config(arguments) | trainer._config
-    trainer._command_line = command_line
-
-
-def check_resume(trainer: Trainer) -> None:
-    """Check that the path from which a run would resume exists. Nothing is read or fetched.
-
-    Raises:
-        CheckpointNotFound: The path does not exist.
-    """
-    place = trainer._place()
-    if not place.is_remote:
-        store = CheckpointStore(place.run_dir / CHECKPOINTS_DIR) if place.run_dir is not None else None
-        CheckpointPlan(None, store, place.resume, None, place.init_from).check()

@@ -102,6 +102,7 @@ class Run:
             BaseException: what ended the run, as itself: the exception of a step or of a fatal observer.
             RunCancelled: the run was cancelled.
         """
+        __tracebackhide__ = True
         return await self._connection.result()
 
     def _send(self, command: AnyCommand) -> None:

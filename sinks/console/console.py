@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING, ClassVar
 
+from events.ipython import kernel_shell
 from events.messages import Event, MetricsLogged, WarningLogged
 from events.run.state import RunState
 from events.sink import Delivery, RunInfo
@@ -33,6 +34,8 @@ from sinks.format import format_clock, plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
+
+    from sinks.notebook.sink import Notebook
 
 _CLEAR_BELOW = "\r\x1b[J"
 _PALETTE = {
@@ -61,7 +64,7 @@ class Console(Strict, frozen=True):
     line_every_s: float = 10.0
     """Seconds of training between two lines of progress, without a terminal."""
     force_terminal: bool | None = None
-    """True: bars; False: plain lines. None: bars if stderr is a capable terminal."""
+    """True: bars; False: plain lines. None: bars if stderr is a capable terminal, a live display in a notebook."""
 
     shows_warnings: ClassVar[bool] = True
     """Warnings of a run with this sink are not also written to stderr."""
@@ -85,6 +88,15 @@ class Console(Strict, frozen=True):
             raise ValueError(f"Console(refresh_per_s={self.refresh_per_s}): give a number above 0, up to 60")
         if not self.line_every_s > 0:
             raise ValueError(f"Console(line_every_s={self.line_every_s}): give a number of seconds above 0")
+
+    def bound(self) -> Console | Notebook:
+        """Return the display of a notebook's cell in a kernel, unless `force_terminal` asks for text."""
+        shell = kernel_shell() if self.force_terminal is None else None
+        if shell is None:
+            return self
+        from sinks.notebook.sink import Notebook  # late, because only a notebook needs it
+
+        return Notebook.in_cell(shell)
 
     def open(self, run: RunInfo) -> ConsoleWriter:
         """Choose bars or lines by stderr. Imports rich."""

@@ -6,6 +6,7 @@ import base64
 import html
 import os
 import re
+import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,6 +30,9 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; img-src data: blob:;"
     " connect-src data:; base-uri 'none'; form-action 'none'"
 )
+
+_SAFE = " !\"$&'()*+,-./:;<=>?@[\\]^_`{|}~"
+"""Characters of a module that a data address may have as they are, so that the document compresses well."""
 
 
 def write_report(
@@ -66,7 +70,7 @@ def write_report(
         media.update(_media(run_dir, view))
     data = encode({"runs": runs, "media": media})
     path = Path(out)
-    return replace_below(path.parent, path.name, _document(data).encode("utf-8", "surrogatepass"))
+    return replace_below(path.parent, path.name, document(data).encode("utf-8", "surrogatepass"))
 
 
 def _view(run_dir: Path) -> RunView:
@@ -103,19 +107,23 @@ def _media(run_dir: Path, view: RunView) -> dict[str, str]:
     return found
 
 
-def _document(data: bytes) -> str:
-    """Return the page with its modules, styles and data inline."""
+def document(data: bytes) -> str:
+    """Return the page with its modules, styles and data inline.
+
+    Args:
+        data: JSON, as `connection.js` reads it: ``{"runs": [snapshot, ...], "media": {address: data address}}``.
+    """
     page = (_PAGE / "index.html").read_text("utf-8")
     modules = {path.name: path.read_text("utf-8") for path in _PAGE.glob("*.js") if "iife" not in path.name}
     imports = {
-        f"stagecast/{name}": f"data:text/javascript;base64,{_base64(_with_names(text).encode())}"
+        f"stagecast/{name}": f"data:text/javascript,{urllib.parse.quote(_with_names(text), safe=_SAFE)}"
         for name, text in modules.items()
     }
     head = (
         f'<meta http-equiv="content-security-policy" content="{html.escape(_POLICY)}">\n'
-        f'<script type="application/json" id="report">{_inert(data.decode())}</script>\n'
+        f'<script type="application/json" id="report">{inert(data.decode())}</script>\n'
         f"{_script((_PAGE / 'uPlot.iife.min.js').read_text('utf-8'))}\n"
-        f'<script type="importmap">{_inert(msgspec.json.encode({"imports": imports}).decode())}</script>\n'
+        f'<script type="importmap">{inert(msgspec.json.encode({"imports": imports}).decode())}</script>\n'
     )
     styles = "".join(
         f"<style>\n{(_PAGE / name).read_text('utf-8')}\n</style>\n" for name in ("uPlot.min.css", "live.css")
@@ -135,7 +143,7 @@ def _script(text: str) -> str:
     return f"<script>{text.replace('</script', '<' + chr(92) + '/script')}</script>"
 
 
-def _inert(json: str) -> str:
+def inert(json: str) -> str:
     """Escape JSON so that it neither ends a script element nor opens a comment."""
     return json.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 

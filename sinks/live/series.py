@@ -6,6 +6,7 @@ merges them in pairs, so that the curve of a run of any length fits a screen, an
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -223,6 +224,14 @@ def points_of(event: Event) -> list[tuple[str, float]]:
     if isinstance(event, TrainStepEnded) and event.rows is not None and event.step_s > 0:
         found.append(("rows_per_s", event.rows / event.step_s))
     return found
+
+
+def thinned(series: Series, most: int) -> Series:
+    """Return a series with a maximum of points; the same one if it has no more."""
+    thin = copy.copy(series)
+    while len(thin.step) > max(1, most):
+        thin._halve()  # replaces the columns, which the copy shares
+    return thin
 
 
 def plain(series: Series) -> dict[str, object]:

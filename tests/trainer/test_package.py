@@ -196,7 +196,7 @@ def test_the_imports_of_files_are_found() -> None:
     """The tests below rely on it."""
     assert len(FILES) > 50
     assert ("events", True) in set(imports(ROOT / "trainer/__init__.py"))
-    assert ("sinks", False) in set(imports(ROOT / "trainer/run/session.py"))
+    assert ("sinks", False) in set(imports(ROOT / "trainer/run/defaults.py"))
 
 
 @pytest.mark.parametrize(

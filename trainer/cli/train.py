@@ -67,7 +67,7 @@ def train(file: str, overrides: Sequence[str], *, check: bool, processes: int = 
         _start_ranks(file, overrides, config, processes)
     trainer = prepare(config, file)
     if check:
-        from trainer.trainer import check_resume
+        from trainer.run.relocation import check_resume
 
         check_resume(trainer)
         _print_summary(file, config, trainer.module)

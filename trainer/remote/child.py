@@ -152,7 +152,8 @@ def build(config: LaunchConfig) -> Trainer:
         factory: Any = operator.attrgetter(name)(imported)
     except AttributeError as error:
         raise ArgumentsError(f"launch: {config.factory!r}: {error}; name a function of the module") from None
-    from trainer.trainer import Trainer, record_launch, relocate, relocating
+    from trainer.run.relocation import record_launch, relocate, relocating
+    from trainer.trainer import Trainer
 
     token = relocating.set(True)
     try:

@@ -97,6 +97,7 @@ class ResultBuilder:
             weights=self._weights[1] if self._weights is not None and self._weights[0] == run.attempt else None,
             best_checkpoint=best.folder if best is not None else None,
             best_metric=best.metric if best is not None else None,
+            best=run.best if best is not None else None,
         )
 
 

@@ -52,6 +52,7 @@ async def end_with_block(run: Session | LaunchedRun, error: BaseException | None
         TrainingThreadStuck: The loop did not reach a step boundary in time.
         BaseException: The first cancellation; or, if the block was left normally, what the run raised.
     """
+    __tracebackhide__ = True
     if error is not None:
         run.cancel("an exception left the block" if isinstance(error, Exception) else "its task was cancelled")
     cancellation: BaseException | None = None

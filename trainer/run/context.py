@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 import anyio.to_thread
 
+from events.ipython import kernel_shell
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run.run import Run
@@ -17,6 +18,7 @@ from events.run.stream import LocalEventStream
 from trainer.distributed.world import joins_ranks, opened
 from trainer.loop.control import Control
 from trainer.run.cancellation import end_with_block
+from trainer.run.defaults import console
 from trainer.run.place import RunPlace
 from trainer.run.session import Session
 
@@ -41,7 +43,9 @@ class RunContext(AbstractAsyncContextManager[Run]):
         async with contextlib.AsyncExitStack() as unused:
             unused.push_async_callback(self._leave)
             place = await self._place()
-            sinks = trainer._sinks_here(()) if place.world.leads else []
+            # In a notebook a person watches; elsewhere the host shows what it wants.
+            default = (console(),) if kernel_shell() is not None else ()
+            sinks = trainer._sinks_here(default) if place.world.leads else []
             # With several ranks it waits a moment for the others, which are here, too.
             self.session = trainer._session("train", Control(), place, sinks, interactive=False, on_stderr=False)
             try:
@@ -56,6 +60,7 @@ class RunContext(AbstractAsyncContextManager[Run]):
         return Run(LocalConnection(self.session))
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        __tracebackhide__ = True
         try:
             await end_with_block(self.session, error)
         finally:
@@ -104,5 +109,6 @@ class LocalConnection:
         return LocalEventStream(self._session.observers.pump, since, types)
 
     async def result(self) -> RunResult:
+        __tracebackhide__ = True
         await self._session.finished.wait()
         return self._session.outcome()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from events.bus.pump import Pump
 from events.bus.ring import Ring
 from events.checkpoint.store import CHECKPOINTS_DIR, LAST_SEQ, CheckpointStore
 from events.errors import RunCancelled, RunFolderError, TrainingThreadStuck
+from events.ipython import kernel_shell
 from events.journal.writer import Journal
 from events.log import RunLog, logging_for
 from events.messages import RunEnded
@@ -25,8 +25,8 @@ from events.origin import Origin
 from events.protocol import ObserverReport, RunResult
 from events.run.folder import ARGUMENTS_NAME, CONFIG_NAME
 from events.run.inbox import Inbox
-from events.sink import Place, RunInfo, Sink
-from events.tracebacks import describe, format_traceback
+from events.sink import Place, RunInfo
+from events.tracebacks import describe, drop_own_frames, format_traceback
 from trainer.arguments import TrainerArguments
 from trainer.checkpoint.resume import CheckpointPlan
 from trainer.hooks.hooks import HOOKS_OF_TASK, TaskName
@@ -327,7 +327,7 @@ class Session:
             status, reason, self.error = "cancelled", STUCK, TrainingThreadStuck(self._stuck)
         elif failure is not None:
             status, reason, self.error = status_after(failure), describe(failure), failure
-        best = writer.best if writer is not None else None
+        best, settings = writer.best if writer is not None else None, self._attempt.plan.settings
         saved = writer.last_saved if writer is not None else None
         self.result = RunResult(
             run_id=self.origin.run_id,
@@ -344,6 +344,7 @@ class Session:
             checkpoint=str(saved) if saved is not None else loop.task.resumed_from,
             best_checkpoint=str(best[0]) if best is not None else None,
             best_metric=best[1] if best is not None else None,
+            best=settings.best if settings is not None and best is not None else None,
             weights=writer.weights.path if writer is not None else None,
             problems=self.observers.problems(reports, on_stderr=self._on_stderr),
         )
@@ -352,8 +353,11 @@ class Session:
 
     def outcome(self) -> RunResult:
         """Return the result of the finished session, or raise the exception that ended the run."""
+        __tracebackhide__ = True
         error = self.error
         if error is not None:
+            if kernel_shell() is not None:
+                drop_own_frames(error)
             try:
                 raise error
             finally:
@@ -387,14 +391,3 @@ def in_turn(make: Callable[[], Session], place: RunPlace, facts: Mapping[str, ob
         if session is not None:
             session.discard()
         raise
-
-
-def new_run_id() -> str:
-    """Return a unique name that sorts by time: ``20260131-235959-a1b2c3``."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-
-
-def console() -> Sink:
-    """Return the default sink of `Trainer.train`, imported on first use."""
-    sink: Sink = importlib.import_module("sinks").Console()
-    return sink

@@ -1,5 +1,7 @@
 /** The connection to the server: WebSocket, or Server-Sent Events where a proxy blocks it; and the token. */
 
+import { notebook } from "./notebook.js";
+
 const FIRST_WAIT_S = 0.5;
 const LONGEST_WAIT_S = 15;
 /** Maximum silence per connection before it is closed; the server sends something every two seconds. */
@@ -99,6 +101,10 @@ export class Connection {
     }
     this.state = "open";
     this.on.message(snapshot);
+    notebook?.follow((message) => {
+      this.heardAt = performance.now();
+      this.on.message(message);
+    });
   }
 
   #failures;
@@ -122,7 +128,8 @@ export class Connection {
 
   /** Seconds since the server's last message. */
   get silence_s() {
-    return report || (this.#isRead && this.state === "open") ? 0 : (performance.now() - this.heardAt) / 1000;
+    const isStill = report ? !notebook?.isLive : this.#isRead && this.state === "open";
+    return isStill ? 0 : (performance.now() - this.heardAt) / 1000;
   }
 
   /** A problem to fix outside of the page, if any: `{text, fix}`. */
@@ -151,6 +158,7 @@ export class Connection {
 
   /** Called once a second: closes a silent connection. */
   tick() {
+    if (report) return;
     const opening_s = this.state === "connecting" && this.#usesEvents ? (performance.now() - this.#openedAt) / 1000 : 0;
     if (opening_s <= SILENT_S && !(this.state === "open" && this.silence_s > SILENT_S)) return;
     this.#silences += 1;
@@ -160,6 +168,7 @@ export class Connection {
 
   /** Send a command. Resolves to the server's answer; throws if it could not be sent. */
   async command(command) {
+    if (notebook) return notebook.command(command);
     if (this.#socket?.readyState === WebSocket.OPEN) {
       this.#socket.send(JSON.stringify({ type: "command", command }));
       return null; // the answer comes as a message

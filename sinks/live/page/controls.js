@@ -3,6 +3,7 @@
 import { token } from "./connection.js";
 import { announce, setAttribute, setText } from "./dom.js";
 import { number } from "./format.js";
+import { notebook } from "./notebook.js";
 
 function byId(id) {
   return document.getElementById(id);
@@ -28,7 +29,8 @@ export function toast(text) {
 
 export function showCommands(app, store) {
   const { run } = store;
-  byId("commands").hidden = !(run.commands && run.status === "running");
+  const isTaken = run.commands && (!notebook || notebook.takesCommands);
+  byId("commands").hidden = !(isTaken && run.status === "running");
   const waits = new Set(app.isStale ? Object.keys(WORDS) : app.pending.values());
   setText(byId("pause"), run.paused ? "Resume" : "Pause");
   byId("pause").disabled = waits.has("pause") || waits.has("resume");
@@ -134,5 +136,10 @@ function setUpTheme(app) {
     show();
   });
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
-  show();
+  if (notebook)
+    notebook.onTheme((theme) => {
+      now = theme ?? "auto";
+      show();
+    });
+  else show();
 }
