@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from urllib.parse import quote
 
 MOST_NAME = 250
 """Maximum characters per name of a metric, a dataloader or a run."""
@@ -63,6 +64,11 @@ def as_name(text: str) -> str:
     if len(name) > MOST_NAME:
         name = f"{name[: MOST_NAME - 12]}...{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
     return name
+
+
+def percent_encoded(name: str) -> str:
+    """Encode any name without slashes and dots, as one part of a path or of a subject; `unquote` decodes it."""
+    return quote(name, safe="", errors="backslashreplace").replace(".", "%2E")
 
 
 def _escaped(char: str) -> str:

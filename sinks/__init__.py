@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sinks.live.sink import Live as Live
     from sinks.memory import Memory as Memory
     from sinks.nats.sink import NATS as NATS
+    from sinks.push.sink import Push as Push
     from sinks.trackers.mlflow import MLflow as MLflow
     from sinks.trackers.opentelemetry import OpenTelemetry as OpenTelemetry
     from sinks.trackers.prometheus import Prometheus as Prometheus
@@ -38,6 +39,7 @@ __all__ = [
     "Memory",
     "OpenTelemetry",
     "Prometheus",
+    "Push",
     "TensorBoard",
     "WandB",
 ]
@@ -65,6 +67,7 @@ _HOMES = {
     "NATS": "sinks.nats.sink",
     "OpenTelemetry": "sinks.trackers.opentelemetry",
     "Prometheus": "sinks.trackers.prometheus",
+    "Push": "sinks.push.sink",
     "TensorBoard": "sinks.files.tensorboard",
     "WandB": "sinks.trackers.wandb",
 }

@@ -56,7 +56,7 @@ _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _QUIET_S = 120.0
 """Seconds without an event after which another user's run counts as over: a run reports its observers more often."""
 _ATTEMPTS = 16
-_LOCK_BYTES = 65_536
+LOCK_BYTES = 65_536
 _LOOKED_AT_S = 0.1
 """How long a folder must be held to be held by a run; who only looks lets go within microseconds."""
 
@@ -72,6 +72,8 @@ class Holder(msgspec.Struct, frozen=True):
     """Unix seconds."""
     attempt: int = 0
     """The newest attempt that a holder has claimed."""
+    is_pushed: bool = False
+    """Whether a server holds it for a run that trains elsewhere, which may continue when the server has stopped."""
 
     def __str__(self) -> str:
         try:
@@ -97,7 +99,7 @@ def run_id_of(run_dir: str | os.PathLike[str]) -> str | None:
             with contextlib.suppress(CheckpointError):
                 return store.manifest(name).run_id
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        return msgspec.json.decode(read_below(folder, LOCK_NAME, _LOCK_BYTES), type=Holder).run_id or None
+        return msgspec.json.decode(read_below(folder, LOCK_NAME, LOCK_BYTES), type=Holder).run_id or None
     return None
 
 
@@ -108,21 +110,24 @@ class RunFolder:
     fails also within the same process. Forked children do not share in it. Used by one thread.
     """
 
-    def __init__(self, path: Path, run_id: str, fd: int, tail: JournalTail, claimed: int) -> None:
+    def __init__(
+        self, path: Path, run_id: str, fd: int, tail: JournalTail, claimed: int, is_pushed: bool = False
+    ) -> None:
         """Not called directly: see `open`."""
         self._path = path
         self._run_id = run_id
+        self._is_pushed = is_pushed
         self._fd: int | None = fd
         self._tail = tail
         self._claimed = claimed
         _open_folders.add(self)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], run_id: str) -> RunFolder:
+    def open(cls, path: str | os.PathLike[str], run_id: str, *, is_pushed: bool = False) -> RunFolder:
         """Take a run's folder, creating it and its parents where they are missing. Does not wait for a
         holder, but a tenth of a second for who only looks.
 
-        What it has created is removed again when it fails.
+        What it has created is removed again when it fails. ``is_pushed``: see `Holder`.
 
         Raises:
             RunFolderHeld: Another process, or another run of this one, holds it; the message names it.
@@ -140,7 +145,7 @@ class RunFolder:
                 make_folder_below(folder, JOURNAL_DIR)
                 tail = _read_tail(folder, run_id)
                 claimed = _claimed(fd, run_id)
-                _sign(fd, run_id, claimed)
+                _sign(fd, run_id, claimed, is_pushed)
             except UnsafeFile as error:
                 raise RunFolderError(
                     f"the run folder {folder} cannot be used: {error}; remove that, or choose another folder"
@@ -151,7 +156,7 @@ class RunFolder:
                     "this one a folder that you may write to, on a disk with room"
                 ) from error
             undo.pop_all()
-        return cls(folder, run_id, fd, tail, claimed)
+        return cls(folder, run_id, fd, tail, claimed, is_pushed)
 
     @property
     def path(self) -> Path:
@@ -178,7 +183,7 @@ class RunFolder:
         if self._fd is None:
             raise RunFolderError(f"{path} cannot be written: the run folder was closed; claim before `close`")
         try:
-            _sign(self._fd, self._run_id, attempt)
+            _sign(self._fd, self._run_id, attempt, self._is_pushed)
             os.fsync(self._fd)
         except OSError as error:
             raise RunFolderError(f"{path} cannot be written: {error}; make room or choose another folder") from error
@@ -364,17 +369,17 @@ def _claimed(fd: int, run_id: str) -> int:
     """The newest attempt that the file of a lock names for this run; 0 for none."""
     os.lseek(fd, 0, os.SEEK_SET)
     try:
-        holder = msgspec.json.decode(os.read(fd, _LOCK_BYTES), type=Holder)
+        holder = msgspec.json.decode(os.read(fd, LOCK_BYTES), type=Holder)
     except (ValueError, OverflowError, RecursionError):
         return 0
     return holder.attempt if holder.run_id == run_id and 0 <= holder.attempt < LAST_ATTEMPT else 0
 
 
-def _sign(fd: int, run_id: str, attempt: int) -> None:
-    holder = Holder(pid=os.getpid(), host=socket.gethostname(), run_id=run_id, since=time.time(), attempt=attempt)
+def _sign(fd: int, run_id: str, attempt: int, is_pushed: bool) -> None:
+    holder = Holder(os.getpid(), socket.gethostname(), run_id, time.time(), attempt, is_pushed)
     text = msgspec.json.encode(holder) + b"\n"
     # One write over the old text, which may be longer: a process that is killed here leaves a number that can be read.
-    if (size := os.fstat(fd).st_size) > _LOCK_BYTES:
+    if (size := os.fstat(fd).st_size) > LOCK_BYTES:
         os.ftruncate(fd, 0)  # nobody signed that
     else:
         text += b" " * max(0, size - len(text))

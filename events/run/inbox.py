@@ -19,6 +19,7 @@ from pathlib import Path
 from events.errors import RunFolderError, WireError
 from events.log import in_this_run, logger
 from events.protocol import AnyCommand, Commands
+from events.run.copy import is_pushed
 from events.run.folder import is_held
 from events.safe_files import (
     UnsafeFile,
@@ -72,6 +73,8 @@ class FolderCommands:
         run_dir = self._run_dir
         if not is_held(run_dir):
             raise RunFolderError(f"no run is under way in {run_dir}, so the command {command!r:.80} was not sent")
+        if is_pushed(run_dir):
+            raise RunFolderError(f"the run in {run_dir} trains elsewhere and is only pushed here; send commands there")
         name = f"{_name_of(time.time_ns())}-{uuid.uuid4().hex[:8]}"
         try:
             make_folder_below(run_dir, COMMANDS_DIR)

@@ -246,6 +246,7 @@ class RunState(msgspec.Struct, dict=True):
             total_steps=e.total_steps,
             commands=self.run.commands,
             damage=self.run.damage,
+            pushed=self.run.pushed,
             latest=self.run.latest,
         )
         self.arguments, self.config, self.versions = e.arguments, e.config, e.versions

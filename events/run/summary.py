@@ -14,7 +14,10 @@ class Summary(msgspec.Struct, omit_defaults=False):
 
     run_id: BoundName = ""
     attempt: AttemptNumber = 0
-    status: Literal["unknown", "running", "finished", "stopped", "cancelled", "failed", "lost", "damaged"] = "unknown"
+    status: Literal["unknown", "running", "finished", "stopped", "cancelled", "failed", "lost", "silent", "damaged"] = (
+        "unknown"
+    )
+    """``lost``: its process has died. ``silent``: pushed from elsewhere, and nothing arrives; it may be running."""
     reason: BoundText | None = None
     module: BoundName = ""
     device: BoundName = ""
@@ -45,18 +48,23 @@ class Summary(msgspec.Struct, omit_defaults=False):
     total_steps: Int64 | None = None
     paused: bool = False
     commands: bool = False
+    pushed: bool = False
+    """Whether it trains elsewhere, and a sink `Push` sends it: then it takes no commands here."""
     latest: BoundDict[float | NonFinite] = {}
     label: BoundName = ""
     """Name in `events.table.notes`, which people see in place of ``run_id``..."""
     colour: BoundName = ""
     """...and the run's colour there: ``#rrggbb``."""
 
-    def settle(self, *, is_held: bool) -> None:
-        """Set the status of a run without `RunEnded`: whether it is running, lost or damaged.
+    def settle(self, *, is_held: bool, is_pushed: bool | None = None) -> None:
+        """Set the status of a run without `RunEnded`: whether it is running, lost, silent or damaged.
 
         Args:
             is_held: Whether a process holds the run folder (`events.run.folder.is_held`).
+            is_pushed: Whether it is pushed from elsewhere (`events.run.folder.is_pushed`); None: as before.
         """
+        if is_pushed is not None:
+            self.pushed = is_pushed
         if self.status in ("finished", "stopped", "cancelled", "failed"):
             return
         if is_held and self.attempt:
@@ -64,7 +72,7 @@ class Summary(msgspec.Struct, omit_defaults=False):
         elif self.damage is not None:
             self.status = "damaged"
         elif self.attempt:
-            self.status = "lost"
+            self.status = "silent" if self.pushed else "lost"
 
 
 class UploadState(msgspec.Struct):

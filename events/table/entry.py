@@ -20,6 +20,7 @@ from events.journal.segment import JOURNAL_DIR, journal_head
 from events.journal.tail import journal_tail
 from events.messages import Event, RunResumed, RunStarted, TrainStepEnded
 from events.metrics import hyperparameters, metrics_of
+from events.run.copy import is_pushed
 from events.run.damage import add_damage, damage_in, damage_of
 from events.run.folder import is_held
 from events.run.state import RunState
@@ -179,7 +180,7 @@ class EntryReader:
             entry.run = self._glimpse()
         run = entry.run
         add_damage(run, damage_of(self._run_dir) or damage_in(self._reader))
-        run.settle(is_held=held)
+        run.settle(is_held=held, is_pushed=is_pushed(self._run_dir))
         entry.left_s = self._state.run_left_s if run.status == "running" and not self.is_behind else None
         entry.health = health_of(run, self._metrics, self._state.health)
         return entry

@@ -26,7 +26,7 @@ _VERSION = 1
 _LEAST_STORED_BYTES = 64 * 1_024
 """Minimum bytes of a journal's newest segment whose entry is stored: a shorter one is read as quickly."""
 _MOST_BYTES = 4 * 2**20
-_ENDED = ("finished", "stopped", "cancelled", "failed", "lost")
+_ENDED = ("finished", "stopped", "cancelled", "failed", "lost", "silent")
 
 
 class _StoredEntry(msgspec.Struct):

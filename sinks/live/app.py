@@ -16,6 +16,7 @@ its connections itself when the server shuts down (`sinks.live.shutdown`).
 ``POST /api/runs/RUN_ID/commands``        a command
 ``POST /api/runs/RUN_ID/notes``           a change of its name, colour, note and tags
 ``GET /api/runs/RUN_ID/media/PATH``       an image in the run folder
+``/api/push/PROJECT/...``                 runs that are pushed here (`sinks.live.pushes`)
 ========================================  ================================================================
 """
 
@@ -59,6 +60,7 @@ from sinks.live.clients import Clients
 from sinks.live.frames import as_event, as_packed, as_text
 from sinks.live.hub import Hub
 from sinks.live.journal_body import JournalBody
+from sinks.live.pushes import Pushes
 from sinks.live.responses import (
     BoundedResponse,
     JsonResponse,
@@ -89,16 +91,25 @@ class LiveApp:
         runs: The runs: `sinks.live.runs.RunsOfFolder`, or the path of its folder.
         access: Decides which clients may see runs, and command them.
         most_clients: Maximum streams and WebSockets at a time; further ones get 503.
+        pushes: Receives the runs of sinks `Push`, by the tokens of their projects instead of ``access``.
 
     Raises:
         ArgumentsError: An argument has the wrong type.
     """
 
-    def __init__(self, runs: Runs | str | os.PathLike[str], access: Access, most_clients: int = 1_000) -> None:
+    def __init__(
+        self,
+        runs: Runs | str | os.PathLike[str],
+        access: Access,
+        most_clients: int = 1_000,
+        *,
+        pushes: Pushes | None = None,
+    ) -> None:
         if not isinstance(access, Access):
             raise ArgumentsError(f"access must be Access(...), not {access!r:.80}")
         self._runs = runs_of(runs)
         self._access = access
+        self._pushes = pushes
         self._clients = Clients(most_clients)
         self._followers = Limit(min(MOST_FOLLOWERS, max(1, most_clients // 4)), "journals")
         self._images = Limit(min(MOST_IMAGES, max(1, most_clients // 4)), "images")
@@ -119,6 +130,7 @@ class LiveApp:
                 Route(f"{run}/notes", self._post_notes, methods=["POST"]),
                 Route(f"{run}/media/{{path:path}}", self._image),
                 WebSocketRoute(f"{run}/ws", self._watch),
+                *(pushes.routes if pushes is not None else ()),
             ],
             redirect_slashes=False,
             default=_nothing_here,
@@ -164,9 +176,12 @@ class LiveApp:
             self._access.check_origin(request)
         if "//" in path or "\n" in path:  # the host's check must see the path that is served
             raise Refused(404, "the address has an empty part or a line break; remove it", code=NO_RUN)
-        if path.startswith("api/") and not is_socket:  # a WebSocket shows it with its first message
-            self._access.check_token(request)
-        await self._access.ask(request)
+        if self._pushes is not None and path.startswith("api/push/") and not is_socket:
+            self._pushes.check_token(request)
+        else:
+            if path.startswith("api/") and not is_socket:  # a WebSocket shows it with its first message
+                self._access.check_token(request)
+            await self._access.ask(request)
         if path == "" and not is_socket and not (asked := _asked_path(scope)).endswith(b"/"):
             # The page's relative addresses depend on the slash. The dot: no name leads to another host.
             name = quote(asked.rpartition(b"/")[2] or b".", safe="%")

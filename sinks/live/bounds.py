@@ -9,6 +9,8 @@ from sinks.live.access import Refused
 
 PART_BYTES = 2**16
 """Maximum bytes of a response that the server receives at a time: it holds them until the client reads."""
+LEAST_BYTES_PER_S = 2**14
+"""Minimum bytes per second at which a client must read a whole response, and send a long body."""
 MOST_UNREAD_BYTES = 2**27
 """Maximum bytes of unread responses in memory per application."""
 

@@ -13,6 +13,7 @@ import msgspec
 
 from events.journal.reader import JournalReader
 from events.journal.segment import JOURNAL_DIR, journal_head, segment_numbers
+from events.run.copy import is_pushed
 from events.run.damage import damage_in, damage_of, reason_of
 from events.run.folder import is_held
 from sinks.live.hub import BATCH, Hub
@@ -144,10 +145,12 @@ class FolderHub(Hub):
 
     def _update_status(self, held: bool) -> None:
         """Set the status of a run that ended without `RunEnded`, or that runs again."""
+        assert self.run_dir is not None
+        pushed = is_pushed(self.run_dir)
         with self._lock:
             run = self.view.run
             before = run.status
-            run.settle(is_held=held)
+            run.settle(is_held=held, is_pushed=pushed)
             if run.status != before and self._changes is not None:
                 self._changes.run["status"] = run.status
 

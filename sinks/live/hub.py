@@ -175,7 +175,8 @@ class Hub:
     @property
     def takes_commands(self) -> bool:
         """Whether commands reach the run."""
-        return self.allows_commands and self.run_dir is not None and self.view.run.status == "running"
+        run = self.view.run
+        return self.allows_commands and self.run_dir is not None and run.status == "running" and not run.pushed
 
     @property
     def may_take_commands(self) -> bool:

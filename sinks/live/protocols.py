@@ -19,7 +19,7 @@ from websockets.frames import Frame
 
 from events.log import PlainRecords
 from sinks.connections import EXHAUSTED, REQUEST_S, ClientFaults, RatedWarning, address_group
-from sinks.live.bounds import PART_BYTES
+from sinks.live.bounds import LEAST_BYTES_PER_S, PART_BYTES
 
 _CLOSING_S = 10.0
 """Maximum seconds per close: a connection whose client does not read would never close."""
@@ -45,6 +45,12 @@ class HttpConnection(H11Protocol):
         super().connection_made(transport)
         self.logger = _make_log()
         self.waiting_since = time.monotonic()
+
+    def data_received(self, data: bytes) -> None:
+        """Give the client time for a long body, as long as it arrives."""
+        if self.cycle is not None and self.cycle.more_body:
+            self.waiting_since += len(data) / LEAST_BYTES_PER_S
+        super().data_received(data)
 
     def on_response_complete(self) -> None:
         self.waiting_since = time.monotonic()

@@ -14,6 +14,7 @@ import msgspec
 
 from events.errors import RunFolderError
 from events.journal.segment import JOURNAL_DIR, segment_numbers
+from events.run.copy import is_pushed
 from events.run.damage import damage_of, reason_of
 from events.run.folder import is_held
 from events.safe_files import replace_below
@@ -82,7 +83,7 @@ def _view(run_dir: Path) -> RunView:
     view, _ = read_view(run_dir)
     if not view.run.run_id:
         raise RunFolderError(f"{run_dir} is damaged: {view.run.damage or 'no line of its journal is an event'}")
-    view.run.settle(is_held=is_held(run_dir))
+    view.run.settle(is_held=is_held(run_dir), is_pushed=is_pushed(run_dir))
     return view
 
 

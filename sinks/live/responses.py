@@ -20,14 +20,12 @@ from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from sinks.live.access import Refused
-from sinks.live.bounds import PART_BYTES, Unread
+from sinks.live.bounds import LEAST_BYTES_PER_S, PART_BYTES, Unread
 from sinks.live.client import NOT_ALLOWED
 from sinks.live.images import open_image
 
 STALL_S = 30.0
 """Maximum seconds per part of a response."""
-LEAST_BYTES_PER_S = 2**14
-"""Minimum bytes per second at which a client must read a whole response."""
 _CLOSE_S = 5.0
 """Maximum seconds for closing a refused WebSocket."""
 _MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}

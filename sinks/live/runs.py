@@ -127,7 +127,8 @@ class RunsOfFolder:
     async def summaries(self, commands: bool) -> list[Summary]:
         """Return the runs, the newest first. Waits for the disk, on a thread."""
         found = [entry.run for entry in await self.entries()]
-        return [msgspec.structs.replace(run, commands=commands and run.status == "running") for run in found]
+        may = {run.run_id for run in found if commands and run.status == "running" and not run.pushed}
+        return [msgspec.structs.replace(run, commands=run.run_id in may) for run in found]
 
     async def entries(self) -> list[RunEntry]:
         """Return the entries of the runs, the newest first. Waits for the disk, on a thread."""

@@ -21,6 +21,7 @@ from sinks.live.access import Access
 from sinks.live.app import LiveApp
 from sinks.live.client import MOST_INBOUND
 from sinks.live.protocols import HttpConnection, StrictServer, WebSocketConnection
+from sinks.live.pushes import Pushes
 from sinks.live.runs import Runs
 from sinks.live.token import check_host, is_loopback
 
@@ -135,12 +136,14 @@ class Server:
         token: str | None = None,
         commands: bool = False,
         origins: Iterable[str] = (),
+        pushes: Pushes | None = None,
     ) -> None:
         check_host(host, token)
         hosts = ("localhost", "127.0.0.1", "::1", host.strip("[]")) if is_loopback(host) else None
         access = Access(token, commands=commands, origins=origins, hosts=hosts)
         # The rest of the connections is for short requests.
-        app = self._app = LiveApp(runs, access, most_clients=max(1, listening.limit.most * 5 // 6))
+        self._pushes = pushes
+        app = self._app = LiveApp(runs, access, max(1, listening.limit.most * 5 // 6), pushes=pushes)
         self._socket = listening
         name = f"[{host.strip('[]')}]" if ":" in host else host
         self.url = f"http://{name}:{listening.getsockname()[1]}/"
@@ -201,3 +204,6 @@ class Server:
             self._server.run(sockets=[self._socket])
         except Exception as error:
             logger.error(f"the server at {self.url} has failed: {error!r}")
+        finally:
+            if self._pushes is not None:
+                self._pushes.close()

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import re
 from typing import NamedTuple
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from events.masking import masked_url
-from events.text import is_encodable, plain_text
+from events.text import is_encodable, percent_encoded, plain_text
 
 SCHEMES = ("nats://", "tls://")
 _PORT = 4222
@@ -72,7 +72,7 @@ class NatsAddress(NamedTuple):
 
     def events(self, run_id: str, kind: str = "*") -> str:
         """The subject of a run's events of one type, or of all."""
-        return f"{self.prefix}.{token_of(run_id)}.{kind if kind == '*' else token_of(kind)}"
+        return f"{self.prefix}.{percent_encoded(run_id)}.{kind if kind == '*' else percent_encoded(kind)}"
 
     @property
     def all_events(self) -> str:
@@ -81,7 +81,7 @@ class NatsAddress(NamedTuple):
 
     def commands(self, run_id: str) -> str:
         """The subject of requests to a run."""
-        return f"{self.prefix}-commands.{token_of(run_id)}"
+        return f"{self.prefix}-commands.{percent_encoded(run_id)}"
 
     def run_of(self, subject: str) -> str | None:
         """The run of an event's subject; None if it is not one."""
@@ -110,8 +110,3 @@ def _check_options(options: dict[str, str]) -> None:
 def is_nats_address(given: object) -> bool:
     """Whether ``given`` is meant to be the address of a NATS server."""
     return isinstance(given, str) and given.lower().startswith(SCHEMES)
-
-
-def token_of(name: str) -> str:
-    """Encode a name as one token of a subject: percent-encoded, dots as well. `urllib.parse.unquote` decodes it."""
-    return quote(name, safe="", errors="backslashreplace").replace(".", "%2E")

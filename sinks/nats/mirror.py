@@ -13,20 +13,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
-import xxhash
 from nats.errors import Error
 
 from events.errors import RunFolderError, SinkMisconfigured
-from events.journal.writer import Journal, JournalWriter
 from events.log import in_this_run, logger
-from events.messages import Event, RunEnded, RunStarted
+from events.messages import Event
 from events.protocol import AnyCommand
-from events.run.folder import RunFolder
+from events.run.copy import RunCopy, folder_name
 from events.run.inbox import Inbox
-from events.sink import RunInfo
 from events.text import name_problem, plain_text
 from events.wire import encode_command
-from sinks.nats.address import NatsAddress, token_of
+from sinks.nats.address import NatsAddress
 from sinks.nats.client import ANSWER_S, Messages, NatsClient
 from sinks.nats.liveness import Liveness
 from sinks.nats.order import InOrder
@@ -40,7 +37,6 @@ _MOST_PAUSE_S = 5.0
 _MOST_OPEN = 64
 """Maximum runs whose files are open."""
 _COMMAND_S = 5.0
-_NAME_CHARS = 150
 
 
 class NatsMirror:
@@ -130,10 +126,7 @@ class NatsMirror:
         if run is None:
             if (problem := name_problem(run_id)) is not None:
                 return self._refuse(run_id, problem)
-            token = token_of(run_id)
-            if len(token) > _NAME_CHARS:
-                token = f"{token[:_NAME_CHARS]}-{xxhash.xxh3_64_hexdigest(token.encode())}"
-            run = MirroredRun(run_id, self._folder / token, self._address)
+            run = MirroredRun(run_id, self._folder / folder_name(run_id), self._address)
         self._runs[run_id] = self._runs.pop(run_id, run)  # the last one is the newest
         run.commands.client = client
         run.add(lines)
@@ -152,20 +145,16 @@ class MirroredRun:
 
     def __init__(self, run_id: str, path: Path | None, address: NatsAddress) -> None:
         self.commands = NatsCommands(run_id, address)
-        self._run_id = run_id
-        self._path = path
+        self._copy = None if path is None else RunCopy(path, run_id)
         self._order = InOrder(run_id)
         self._liveness = Liveness()
-        self._has_ended = False
         self._unwritten: list[Event] = []
-        self._folder: RunFolder | None = None
-        self._journal: JournalWriter | None = None
         self._inbox: Inbox | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether it holds its folder."""
-        return self._folder is not None
+        return self._copy is not None and self._copy.is_open
 
     def add(self, lines: Iterable[bytes]) -> None:
         """Append events to its journal. Raises `OSError` if the disk refuses."""
@@ -175,10 +164,10 @@ class MirroredRun:
     def look(self, client: NatsClient) -> None:
         """Release the folder if the run has ended or is lost; waits for its sink's answer."""
         self._write(self._order.wait(time.monotonic()))
-        if not self.is_open or not (self._has_ended or self._liveness.is_quiet):
+        if self._copy is None or not self.is_open or not (self._copy.has_ended or self._liveness.is_quiet):
             return
         served = self.commands.is_served(client)
-        if served is not True if self._has_ended else self._liveness.is_lost(served):
+        if served is not True if self._copy.has_ended else self._liveness.is_lost(served):
             self.release()
         elif served:
             self._liveness.heard()
@@ -188,31 +177,23 @@ class MirroredRun:
         inbox, self._inbox = self._inbox, None
         if inbox is not None:
             inbox.stop()
-        journal, self._journal = self._journal, None
-        if journal is not None:
-            with contextlib.suppress(OSError):
-                journal.close()
-        folder, self._folder = self._folder, None
-        if folder is not None:
-            folder.close()
+        if self._copy is not None:
+            self._copy.release()
 
     def _write(self, events: list[Event]) -> None:
         self._unwritten += events  # with those that the disk has refused
-        if not self._unwritten or self._path is None:
+        if not self._unwritten or self._copy is None:
             self._unwritten.clear()
             return
-        if self._journal is None:
+        if not self._copy.is_open:
+            self.release()
             since_ns = time.time_ns()
-            self._folder = RunFolder.open(self._path, self._run_id)
-            self._journal = Journal().open(RunInfo(self._run_id, run_dir=str(self._path)))
-            self._inbox = Inbox(self._path, self.commands, since_ns)
+            self._copy.open()
+            self._inbox = Inbox(self._copy.path, self.commands, since_ns)
             self._inbox.start()
-        self._journal.write(self._unwritten)
-        events, self._unwritten = self._unwritten, []
-        self._liveness.heard(time.time() - events[-1].time)
-        for event in events:
-            if isinstance(event, (RunStarted, RunEnded)):
-                self._has_ended = isinstance(event, RunEnded)
+        self._copy.write(self._unwritten)
+        self._liveness.heard(time.time() - self._unwritten[-1].time)
+        self._unwritten = []
 
 
 class NatsCommands:

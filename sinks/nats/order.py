@@ -15,9 +15,8 @@ from events.journal.lines import decode_line, gap_before
 from events.log import logger
 from events.messages import Event, UnknownEvent
 from events.text import plain_text
+from sinks.continued import WINDOW  # no event is misplaced by more
 
-WINDOW = 4_096
-"""Maximum events that the sink sends before the server has acknowledged all of them: none is misplaced by more."""
 _PATIENCE_S = 30.0
 """Seconds for which a reader waits for an event that is missing."""
 

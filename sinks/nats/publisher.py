@@ -26,15 +26,15 @@ from events.run.inbox import commands_of
 from events.sink import RunInfo
 from events.text import plain_text
 from events.wire import decode_command
+from sinks.continued import Message
 from sinks.nats.address import NatsAddress
 from sinks.nats.client import ANSWER_S, NatsClient
 
 if TYPE_CHECKING:
     from sinks.nats.sink import NATS
 
-Message = tuple[Event, bytes]
-"""An event, and its line."""
-
+_HEADER_BYTES = 1_024
+"""Bytes of a message that are left for its headers."""
 _WINDOW_BYTES = 8 * 2**20
 """Bytes after which the sink waits for the acknowledgements of what it has sent."""
 _PROGRESS = 64
@@ -54,12 +54,16 @@ class _Acknowledged(msgspec.Struct):
 
 
 class Publisher:
-    """Publishes the events of one run. Belongs to the sink's thread; connects again when it is used after a loss.
+    """Publishes the events of one run: a `sinks.continued.Store`.
+
+    Belongs to the sink's thread; connects again when it is used after a loss.
 
     Raises:
         SinkMisconfigured: The server refuses the credentials, or to create the stream.
         ConnectionError: It is away, or has no JetStream.
     """
+
+    limit = "its max_payload"
 
     def __init__(self, sink: NATS, address: NatsAddress, run: RunInfo) -> None:
         self._sink = sink
@@ -70,8 +74,8 @@ class Publisher:
         self._inbox = ""
         self.newest: Event | None = None
         """The run's newest event in the stream when the connection was made."""
-        self.max_payload = 0
-        """Maximum bytes per message."""
+        self.most_bytes = 0
+        """Maximum bytes per line."""
         self._numbers = itertools.count(1)
         self._waiting: dict[int, Message] = {}  # sent and not acknowledged, by the number of their inbox
         self._answered = asyncio.Event()  # set when there are none
@@ -83,7 +87,7 @@ class Publisher:
         self._connect()
 
     def publish(self, messages: Sequence[Message]) -> None:
-        """Publish events, at most `sinks.nats.order.WINDOW`, and wait until the server has acknowledged all of them.
+        """Publish events, at most `sinks.continued.WINDOW`, and wait until the server has acknowledged all of them.
 
         Raises:
             ConnectionError: The server is away, does not answer, or does not take them now. Publish them again.
@@ -138,11 +142,11 @@ class Publisher:
     async def _prepare(self, client: NatsClient) -> None:
         address, run_id = self._address, self._run.run_id
         self._stream = await client.stream() or await self._create(client)
-        self.max_payload = client.max_payload
+        self.most_bytes = client.max_payload - _HEADER_BYTES
         with contextlib.suppress(APIError, ConnectionError):  # a user who may only publish
             config = (await client.asked(client.core.jsm().stream_info(self._stream))).config
             if config.max_msg_size is not None and config.max_msg_size > 0:
-                self.max_payload = min(self.max_payload, config.max_msg_size)
+                self.most_bytes = min(self.most_bytes, config.max_msg_size - _HEADER_BYTES)
         found = await client.last(self._stream, address.events(run_id))
         try:
             self.newest = None if found is None else decode_line(found[1])[0]
@@ -251,7 +255,7 @@ class Publisher:
             nobody = f"no stream keeps {self._address.all_events}, or JetStream is disabled"
             self._failure = plain_text(str(answer.error.get("description") or nobody), 200)
             if answer.error.get("err_code") == _TOO_LARGE:
-                self.max_payload = min(self.max_payload, len(sent[1]) - 1)  # next time a gap replaces it
+                self.most_bytes = min(self.most_bytes, len(sent[1]) - 1)  # next time a gap replaces it
             if not data:
                 self._stream = ""  # the stream was removed: make sure of another
         elif answer.duplicate and self._duplicate is None:

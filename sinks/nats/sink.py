@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
-from events.errors import SinkMisconfigured, WireError
-from events.journal.lines import encode_lines, gap_before
-from events.journal.reader import JournalReader
-from events.journal.segment import JOURNAL_DIR
-from events.log import logger
-from events.messages import Event
+from events.errors import SinkMisconfigured
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
-from sinks.files.appended import newer, position_of
+from sinks.continued import ContinuedWriter
 from sinks.nats.address import NatsAddress
-from sinks.nats.order import WINDOW
-
-if TYPE_CHECKING:
-    from sinks.nats.publisher import Message, Publisher
-
-_HEADER_BYTES = 1_024
-"""Bytes of a message that are left for its headers."""
-_CLOCK_S = 1.0
 
 
 class NATS(Strict, frozen=True):
@@ -116,7 +101,7 @@ class NATS(Strict, frozen=True):
             )
         return address
 
-    def open(self, run: RunInfo) -> NATSWriter:
+    def open(self, run: RunInfo) -> ContinuedWriter:
         """Connect, find or create the stream, and find the last event of the run in it.
 
         Raises:
@@ -126,80 +111,4 @@ class NATS(Strict, frozen=True):
         self.check()
         from sinks.nats.publisher import Publisher  # needs nats
 
-        return NATSWriter(Publisher(self, self._address(), run), run.run_dir)
-
-
-class NATSWriter:
-    """An open `NATS`. A write returns when the server has acknowledged all events."""
-
-    def __init__(self, publisher: Publisher, run_dir: str | None) -> None:
-        self._publisher = publisher
-        self._journal_dir = None if run_dir is None else Path(run_dir) / JOURNAL_DIR
-        self._last = (0, 0)
-        self._is_first = True
-        self._warned: set[str] = set()
-        if publisher.newest is not None:
-            self._last = position_of(publisher.newest)
-
-    def write(self, events: Sequence[Event]) -> None:
-        """Publish the events that are not in the stream yet.
-
-        Raises:
-            ConnectionError: The server is away, does not answer, or does not take them now.
-            SinkMisconfigured: The stream has another run of this ``run_id``.
-        """
-        if self._is_first and events:
-            if self._publisher.newest is not None:
-                self._continue(events, self._publisher.newest)
-            self._is_first = False
-        self._publish(newer(events, self._last))
-
-    def _continue(self, events: Sequence[Event], newest: Event) -> None:
-        """Check that the stream's events are of this run; publish those that an earlier attempt has not."""
-        same = next((event for event in events if position_of(event) == self._last), None)
-        # Otherwise, an event that is delivered again is not later than the newest one in the stream.
-        is_later = position_of(events[0]) <= self._last and events[0].time > newest.time + _CLOCK_S
-        if is_later if same is None else same.time != newest.time:
-            raise self._publisher.is_taken()
-        if self._journal_dir is not None and events[0].seq > self._last[1] + 1:
-            reader = JournalReader(self._journal_dir, self._last[1])
-            while missed := [event for event in reader.read() if event.seq < events[0].seq]:
-                self._publish(missed)
-
-    def _publish(self, events: Sequence[Event]) -> None:
-        for start in range(0, len(events), WINDOW):
-            window = events[start : start + WINDOW]
-            self._publisher.publish(self._messages(window))
-            self._last = position_of(window[-1])
-
-    def _messages(self, events: Sequence[Event]) -> list[Message]:
-        """The events with their lines; a gap replaces one that the server or the encoding does not allow."""
-        most = self._publisher.max_payload - _HEADER_BYTES
-        previous = self._last[1]
-        try:
-            lines = encode_lines(events, previous).split(b"\n")[:-1]
-            if max(map(len, lines)) <= most:
-                return list(zip(events, lines, strict=True))
-        except WireError:
-            pass
-        messages: list[Message] = []
-        for event in events:
-            try:
-                line = encode_lines([event], previous)[:-1]
-                reason = f"its line has {len(line):,} bytes, and the server takes {most:,}; raise its max_payload"
-            except WireError as error:
-                line, reason = b"", str(error)
-            if not line or len(line) > most:
-                name = type(event).__name__
-                if name not in self._warned:
-                    self._warned.add(name)
-                    logger.warning(f"NATS does not publish event {event.seq}, {name}: {reason}")
-                event = gap_before(event, event.seq, event.seq, event.seq, 1, f"{name}: {reason}")
-                line = encode_lines([event], previous)[:-1]
-            messages.append((event, line))
-            previous = event.seq
-        return messages
-
-    def close(self) -> None:
-        """Disconnect. All that was written is acknowledged."""
-        self._publisher.close()
+        return ContinuedWriter(Publisher(self, self._address(), run), run.run_dir, "NATS")

@@ -14,7 +14,21 @@ import sinks
 from events.errors import SinkMisconfigured
 from events.messages import Event, TrainStepEnded
 from events.sink import RunInfo
-from sinks import CSV, JSONL, NATS, Alert, Console, Live, Memory, MLflow, OpenTelemetry, Prometheus, TensorBoard, WandB
+from sinks import (
+    CSV,
+    JSONL,
+    NATS,
+    Alert,
+    Console,
+    Live,
+    Memory,
+    MLflow,
+    OpenTelemetry,
+    Prometheus,
+    Push,
+    TensorBoard,
+    WandB,
+)
 from sinks.testing import Story, check_sink, opened
 
 
@@ -42,7 +56,7 @@ CASES = {
     "Prometheus": Case(Prometheus(port=0, linger_s=0)),
     "Live": Case(Live(port=0)),
 }
-ELSEWHERE = {"MLflow", "NATS", "OpenTelemetry", "WandB"}
+ELSEWHERE = {"MLflow", "NATS", "OpenTelemetry", "Push", "WandB"}
 """Those that need a server or the client's files: their own tests call `check_sink`."""
 
 
@@ -70,6 +84,7 @@ def test_every_sink_is_checked() -> None:
         (NATS("nats://host"), "nats", "nats"),
         (NATS(f"nats://host?creds={__file__}"), "nkeys", "nats"),
         (Prometheus(), "prometheus_client", "prometheus"),
+        (Push("https://host", "long-token"), "httpx", "live"),
         (OpenTelemetry(), "opentelemetry.exporter.otlp.proto.http", "opentelemetry"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, msgspec.Struct) else None,

@@ -27,10 +27,11 @@ from events.run.inbox import Inbox
 from events.sink import RunInfo
 from events.wire import encode_command, encode_json
 from sinks import NATS
+from sinks.continued import WINDOW
 from sinks.nats import publisher as nats_publisher
 from sinks.nats.address import NatsAddress, is_nats_address
 from sinks.nats.client import NatsClient
-from sinks.nats.order import WINDOW, InOrder
+from sinks.nats.order import InOrder
 from sinks.testing import Story, check_sink, opened
 
 pytest.importorskip("nats")

@@ -14,8 +14,8 @@ def test_importing_sinks_loads_no_client(run_python: Any) -> None:
         "sinks.Console(), sinks.Memory()\n"
         "print(sorted({'rich', 'torch', 'trainer', 'numpy'} & set(sys.modules)))\n"
         "import sinks.live.report\n"
-        "sinks.Live(), sinks.Prometheus()\n"
-        "print(sorted({'torch', 'trainer', 'starlette', 'uvicorn'} & set(sys.modules)))\n"
+        "sinks.Live(), sinks.Prometheus(), sinks.Push('https://host')\n"
+        "print(sorted({'torch', 'trainer', 'starlette', 'uvicorn', 'httpx'} & set(sys.modules)))\n"
     )
     result = run_python(script)
     assert result.stdout.split() == ["[]", "[]"], result.stderr
@@ -34,6 +34,7 @@ def test_the_public_surface_is_what_it_says() -> None:
         "NATS",
         "OpenTelemetry",
         "Prometheus",
+        "Push",
         "TensorBoard",
         "WandB",
     }

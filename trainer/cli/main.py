@@ -323,6 +323,11 @@ def _add_watch(commands: _Commands) -> None:
         help="tell a person about runs that fail, are killed, stall, do not improve, fill the disk or end: desktop, the"
         " address of a webhook, a command, or the fields of sinks.Alert as JSON; may be repeated",
     )
+    watch.add_argument(
+        "--push-tokens",
+        metavar="FILE",
+        help="receive the runs of sinks Push into FOLDER/PROJECT; the file has a line PROJECT=TOKEN per project",
+    )
     watch.add_argument("--no-token", action="store_true", help="allow every user of this machine to watch")
 
 

@@ -30,7 +30,7 @@ _MOST_CELLS = 40
 """Maximum terminal columns per column of the table..."""
 _LEAST_CELLS = 8
 """...and the width down to which one shrinks before others are left out."""
-_STYLES = {"failed": "31", "damaged": "31", "lost": "33", "running": "32", "paused": "32"}
+_STYLES = {"failed": "31", "damaged": "31", "lost": "33", "silent": "33", "running": "32", "paused": "32"}
 
 
 def runs(

@@ -18,13 +18,22 @@ from trainer.cli.text import echo
 
 
 def watch(
-    folder: str, host: str, port: int, *, commands: bool, origins: list[str], no_token: bool, alerts: list[str]
+    folder: str,
+    host: str,
+    port: int,
+    *,
+    commands: bool,
+    origins: list[str],
+    no_token: bool,
+    alerts: list[str],
+    push_tokens: str | None = None,
 ) -> int:
     """Serve until a signal arrives; returns the exit code.
 
     Args:
         folder: It may not exist yet. Or the address of a NATS server, with or without a run.
         alerts: Targets of alerts about the runs, or the fields of `sinks.Alert` as JSON.
+        push_tokens: A file with the tokens of the projects whose runs are received: see `sinks.live.pushed`.
         no_token: Serve clients without a token; otherwise they need that of ``STAGECAST_TOKEN``, or a new one.
 
     Raises:
@@ -34,6 +43,8 @@ def watch(
         SinkMisconfigured: A package is missing, the address cannot be served, or it needs a token.
     """
     is_nats = folder.lower().startswith(("nats://", "tls://"))
+    if push_tokens is not None and is_nats:
+        raise ArgumentsError("--push-tokens needs a folder for the runs; give one instead of the address")
     if not is_nats and os.path.lexists(folder) and not Path(folder).is_dir():
         raise RunFolderError(f"{folder} is not a folder; name a run folder, or a folder of run folders")
     for package in ("starlette", "uvicorn", "websockets"):
@@ -43,6 +54,7 @@ def watch(
     from sinks.live.token import choose_token
 
     told = [_alert(one) for one in alerts]
+    pushes = None if push_tokens is None else _pushes(Path(folder), push_tokens)
 
     token = choose_token(False if no_token else None, host)
     listening = bind(host, port)
@@ -55,14 +67,8 @@ def watch(
             following = FolderAlerts(Path(path), told)
             following.start()
             stack.callback(following.stop)
-        server = Server(
-            RunsOfFolder(Path(path), keeps_notes=not is_nats),
-            listening,
-            host,
-            token=token,
-            commands=commands,
-            origins=origins,
-        )
+        options: Any = {"token": token, "commands": commands, "origins": origins, "pushes": pushes}
+        server = Server(RunsOfFolder(Path(path), keeps_notes=not is_nats), listening, host, **options)
         who = "Anyone with this link" if token is not None else "Every user of this machine"
         may = "may watch, stop and pause the runs" if commands else "may watch the runs (--commands: and stop them)"
         echo(f"{shown} can be watched at {server.link}", f"{who} {may}. Ctrl-C stops the server, not the runs.")
@@ -70,6 +76,16 @@ def watch(
             echo(f"{folder} does not exist yet: the page shows its runs as soon as one starts.")
         server.run()
     return 0
+
+
+def _pushes(folder: Path, tokens: str) -> Any:
+    """Receive the runs of projects into a folder, which is made if it is missing."""
+    from sinks.live.pushed import read_tokens
+    from sinks.live.pushes import Pushes
+
+    found = read_tokens(tokens)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Pushes(folder, found)
 
 
 def _alert(text: str) -> Any:

@@ -24,9 +24,10 @@ from events.messages import Event, RunEnded, RunStarted
 from events.run.state import RunState
 from events.text import plain_text
 from events.wire import encode_json_lines
+from sinks.continued import WINDOW
 from sinks.nats.address import NatsAddress
 from sinks.nats.liveness import Liveness
-from sinks.nats.order import WINDOW, InOrder
+from sinks.nats.order import InOrder
 from trainer.errors import ConnectError, ProtocolViolated
 from trainer.remote.http import Unreachable
 from trainer.remote.result import RunSnapshot

@@ -17,6 +17,7 @@ const STATUS = new Map([
   ["failed", ["✕", "failed"]],
   ["cancelled", ["⊘", "cancelled"]],
   ["lost", ["?", "lost"]],
+  ["silent", ["?", "silent: nothing arrives from it"]],
   ["damaged", ["⚠", "damaged"]],
   ["connecting", ["·", "connecting"]],
   ["missing", ["?", "no such run"]],
@@ -37,7 +38,7 @@ export function statusOf(run) {
   ];
   return {
     state,
-    glyph: ["failed", "lost", "damaged"].includes(state) ? glyph : "▲",
+    glyph: ["failed", "lost", "silent", "damaged"].includes(state) ? glyph : "▲",
     word: words.filter(Boolean).join(", "),
     isUnhealthy: true,
   };

@@ -1,0 +1,1 @@
+"""Sends a run to a central page, by outgoing HTTP requests: see `sinks.push.sink`."""
