@@ -6,7 +6,7 @@ import { forgetColours } from "./theme.js";
 /** Minimum time between drawings; all due charts are drawn together, because each animation frame is expensive... */
 const BETWEEN_MS = 200;
 /** ...maximum share of time spent drawing... */
-const SHARE = 0.25;
+const SHARE = 0.08;
 /** ...and maximum script time per animation frame. */
 const BUDGET_MS = 12;
 
