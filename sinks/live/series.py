@@ -10,6 +10,8 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import add
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -26,6 +28,7 @@ MOST_SERIES = 2_000
 """Maximum series per run; names are untrusted."""
 
 
+_Choice = Callable[[float, float], float]
 _Value = TypeVar("_Value")
 _Points = Annotated[list[_Value], msgspec.Meta(max_length=MOST_POINTS)]
 """Bounded before it is decoded."""
@@ -128,16 +131,18 @@ class Series(msgspec.Struct):
     def _halve(self) -> None:
         """Merge pairs of points."""
         merged = Series(width=self.width * 2, last=self.last)
-        for left in range(0, len(self.step), 2):
-            right = min(left + 1, len(self.step) - 1)
-            merged.step.append(self.step[right])
-            merged.time.append(self.time[right])
-            only = left == right
-            mean = self.mean[left], self.weight[left], self.mean[right], self.weight[right]
-            merged.mean.append(self.mean[left] if only else _mean(*mean))
-            merged.low.append(_pick(min, self.low[left], self.low[right]))
-            merged.high.append(_pick(max, self.high[left], self.high[right]))
-            merged.weight.append(self.weight[left] + (0 if only else self.weight[right]))
+        pairs = len(self.step) // 2 * 2
+        left, right, rest = slice(0, pairs, 2), slice(1, pairs, 2), slice(pairs, None)
+        merged.step = self.step[right] + self.step[rest]
+        merged.time = self.time[right] + self.time[rest]
+        weights = self.weight[left], self.weight[right]
+        merged.weight = [*map(add, *weights), *self.weight[rest]]
+        merged.mean = [*map(_mean, self.mean[left], weights[0], self.mean[right], weights[1]), *self.mean[rest]]
+        # Only a point with a value that was not finite may be NaN.
+        low: _Choice = partial(_pick, min) if self.odd else min
+        high: _Choice = partial(_pick, max) if self.odd else max
+        merged.low = [*map(low, self.low[left], self.low[right]), *self.low[rest]]
+        merged.high = [*map(high, self.high[left], self.high[right]), *self.high[rest]]
         for index, word in self.odd:
             merged._mark(index // 2, word)
         for name in self.__struct_fields__:

@@ -14,8 +14,8 @@ from events.card import card, duration, escaped, warnings
 from events.run.state import RunState
 from sinks.console.bars import progress_line
 from sinks.format import format_number
+from sinks.live.embedded import document, inert
 from sinks.live.frames import encode
-from sinks.live.report import document, inert
 from sinks.live.series import MOST_POINTS, plain, thinned
 from sinks.live.view import LogEntry, RunView
 

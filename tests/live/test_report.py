@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -25,7 +29,10 @@ from events.messages import (
     TrainStepEnded,
 )
 from events.sink import RunInfo
+from sinks.live import report_file
 from sinks.live.report import write_report
+from sinks.live.series import thinned
+from sinks.live.stored import read_view
 from trainer.cli.main import main
 
 EVIL = "</script><script>document.title='owned'</script><!--"
@@ -41,7 +48,7 @@ def a_run(folder: Path, run_id: str, steps: int = 20) -> Path:
     run_dir = folder / run_id
     header = [(run_id, 1, seq, 1e9 + seq, 0, max(0, seq - 1), 0, "train") for seq in range(1, steps + 10)]
     events: list[Event] = [
-        RunStarted(*header[0], EVIL, 3, device="cpu"),
+        RunStarted(*header[0], EVIL, 3, device="cpu", command_line=f"python {EVIL}", git_commit="0123456789abcdef"),
         *(TrainStepEnded(*header[i], 1.0 / i, i, 8, 0.01, 0.1, None) for i in range(1, steps + 1)),
         MetricsLogged(*header[steps + 1], {EVIL: 1.0, "nan": float("nan")}),
         ImageLogged(*header[steps + 2], "picture", "media/picture/a.png", 1, 1, len(PIXEL)),
@@ -70,25 +77,121 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_folders_that_make_no_report_are_refused(report: Report, tmp_path: Path) -> None:
-    """Without a run, with two copies of one run, or without one readable event; no file is left."""
+    """Without a run, or without one readable event; with notes from a missing file; no file is left."""
     a_run(tmp_path, "one")
-    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "broken/journal").mkdir(parents=True)
     (tmp_path / "broken/journal/00000000000000000001.jsonl").write_bytes(b"#" * 20 + b"\n")
     before = sorted(os.listdir(tmp_path))
-    for arguments, *messages in (
-        ((".",), "is not a folder of a run"),
-        (
-            ("one", "copy", "--out", "out.html"),
-            "one and copy are both of the run 'one'",
-            "leave one out, or write a report of each",
-        ),
+    for arguments, message in (
+        (("nowhere",), "nowhere is not a folder; name a run folder, or a folder of run folders"),
+        (("empty",), "empty has no runs; name a run folder, or a folder of run folders"),
         (("broken",), "damaged: journal/00000000000000000001.jsonl, line 1: not an event"),
+        (("one", "--notes", "none.md"), "--notes none.md is not a file; give an existing file, or the text itself"),
+        (("one", "--notes", "x" * 100_001), "--notes has 100,001 characters; the maximum is 100,000"),
     ):
         code, errors = report(*arguments)
-        assert (code, [text for text in messages if text not in errors]) == (1, []), errors
+        assert (code, message in errors) == (2 if "--notes" in arguments else 1, True), errors
     assert sorted(os.listdir(tmp_path)) == before
-    assert report("one", "./one", "--out", "out.html")[0] == 0  # named twice is not a second run
+
+
+def test_a_report_has_all_runs_of_a_folder_each_once(report: Report, tmp_path: Path, visit: Any) -> None:
+    """At any depth, without the damaged ones; of two runs with one id, the second is named after its folder."""
+    for folder, steps in (("runs", 20), ("runs/sweep/a", 10)):  # the newer one keeps the name
+        a_run(tmp_path / folder, "one", steps)
+    (tmp_path / "runs/broken/journal").mkdir(parents=True)
+    (tmp_path / "runs/broken/journal/00000000000000000001.jsonl").write_bytes(b"#" * 20 + b"\n")
+    code, errors = report("runs", "runs/one", "runs/sweep", "--out", "out.html")
+    assert (code, errors.count("broken is damaged")) == (1, 1)
+    page = visit((tmp_path / "out.html").as_uri())
+    assert page.evaluate("stagecast.chosen") == ["one", "one (sweep:a)"]
+    names = page.evaluate("stagecastReport.table.map(({ name, status }) => `${name} ${status}`)")
+    assert sorted(names) == ["broken damaged", "one (sweep:a) finished", "one finished"]
+    shutil.copytree(tmp_path / "runs/one", tmp_path / "copy")
+    assert report("runs/one", "copy", "--out", "out.html", "--force") == (0, "")
+    assert "one (copy)" in visit((tmp_path / "out.html").as_uri()).evaluate("stagecast.chosen")
+
+
+def test_a_report_has_a_title_notes_commits_and_commands(report: Report, tmp_path: Path, visit: Any) -> None:
+    """The notes are those of the command, and of each run; they are text, whatever it looks like."""
+    expect = pytest.importorskip("playwright.sync_api").expect
+    for name in ("one", "two"):
+        a_run(tmp_path, name)
+    noted = {"name": "first try", "tags": ["baseline", EVIL], "note": f"A line\n{EVIL}"}
+    (tmp_path / "one/notes.json").write_text(json.dumps(noted))
+    (tmp_path / "notes.md").write_text(f"# Which is better?\n{EVIL}")
+    assert report("one", "two", "--title", EVIL, "--notes", "notes.md", "--out", "out.html") == (0, "")
+    page = visit((tmp_path / "out.html").as_uri())
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    expect(page.locator("h1")).to_have_text(EVIL)
+    assert page.title() == f"{EVIL} \N{EN DASH} stagecast"
+    expect(page.locator("#notes > .text")).to_have_text(f"# Which is better?\n{EVIL}")
+    expect(page.locator("#notes dt")).to_have_text(f"first try one baseline {EVIL}")
+    expect(page.locator("#notes dd")).to_have_text(f"A line\n{EVIL}")
+    expect(page.locator("#origins td.commit code")).to_have_text(["0123456789abcdef"] * 2)
+    expect(page.locator("#origins tbody th")).to_have_text(["first try one", "two"])
+    page.get_by_role("button", name="Copy: command of two").click()
+    expect(page.locator("#toast")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == f"python {EVIL}"
+
+
+def test_a_large_report_has_fewer_points(tmp_path: Path, visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fit, rounded to less than a pixel; the best and the last values are exact."""
+    assert report_file.MOST_BYTES == 1_000_000
+    monkeypatch.setattr(report_file, "MOST_BYTES", 400_000)
+    random = Random(0)
+    paths = [tmp_path / f"run{number}" for number in range(3)]
+    for number, path in enumerate(paths):
+        told = Told(path, f"run{number}", steps=1)
+        told.story.time = 1.7e9
+        events = []
+        for step in range(1_500):
+            values = {f"m/{at}": random.gauss(at, 1.0 + at) for at in range(12)}
+            values |= {"odd": math.nan if step % 700 == 5 else 1e-3 * step, "wild": 1e300 * (step % 3), "tiny": 5e-324}
+            events += [told.story.step(10.0 / (step + 1)), told.story.metrics(**values)]
+        told.write(*events)
+        told.let_go()
+    written = write_report(paths, tmp_path / "out.html")
+    assert (tmp_path / "out.html").stat().st_size == written.nbytes
+    assert 200_000 < written.nbytes <= 400_000
+    assert len(written.notices) == 1
+    points = int(re.findall(r"at most ([\d,]+) points each", written.notices[0])[0].replace(",", ""))
+    assert points >= 250
+    full = write_report(paths, tmp_path / "full.html", full=True)
+    assert full.notices == []
+    assert full.nbytes > 700_000
+    read = (
+        "JSON.stringify([...stagecast.open].map(([id, { store }]) => [id, [...store.series].map(([name, one]) => [name,"
+    )
+    read += " [...['step', 'time', 'mean', 'low', 'high'].map(c => Array.from(one[c].slice(0, one.length))),"
+    read += " [...one.odd.keys()], one.last, one.lowest, one.highest]])]))"
+    for name, is_full in (("out.html", False), ("full.html", True)):
+        page = visit((tmp_path / name).as_uri())
+        found = {run: dict(series) for run, series in json.loads(page.evaluate(read))}
+        for path in paths:
+            for metric, series in read_view(path)[0].curves.series.items():
+                thin = series if is_full else thinned(series, points)
+                step, clock, *values, odd, last, lowest, highest = found[path.name][metric]
+                assert step == thin.step
+                assert odd == [index for index, _ in thin.odd]
+                assert last == series.last
+                if metric != "rows_per_s":
+                    assert lowest["value"] == min(one for one in series.low if one == one)
+                    assert highest["value"] == max(one for one in series.high if one == one)
+                means = sorted(one for one in thin.mean if one == one)
+                first, middle, third = (means[len(means) * share // 4] for share in (1, 2, 3))
+                size = third - first
+                near = 0.0 if is_full else 1e-3
+                exact_columns = ([round(time, 3) for time in thin.time], thin.mean, thin.low, thin.high)
+                for column, exact in zip((clock, *values), exact_columns, strict=True):
+                    wrong = [
+                        (one, right)
+                        for one, right in zip(column, exact, strict=True)
+                        if one is not None or right == right  # NaN is null
+                        if not abs(one - right) <= near * math.hypot(size, right - middle)
+                    ]
+                    assert wrong == []
+        page.close()
 
 
 def test_an_existing_report_is_replaced_only_by_force(report: Report, tmp_path: Path) -> None:
@@ -125,9 +228,13 @@ def test_foreign_text_ends_no_script_and_files_outside_the_run_stay_outside(tmp_
         write_report([run_dir], tmp_path / "out.html")
         assert "data:image/png" not in (tmp_path / "out.html").read_text("utf-8")
     text = (tmp_path / "out.html").read_text("utf-8")
-    assert "document.title='owned'" in text
-    assert "</script><script>document.title" not in text
-    assert "c2VjcmV0" not in text  # the image outside the run's folder
+    unpacked = "".join(
+        gzip.decompress(base64.b64decode(part)).decode("latin-1")
+        for part in re.findall('<script type="text/plain"[^>]*>([^<]*)<', text)
+    )
+    assert "document.title='owned'" in unpacked
+    assert "document.title='owned'" not in text
+    assert "c2VjcmV0" not in text + unpacked  # the image outside the run's folder
     assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text)
 
 

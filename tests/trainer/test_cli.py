@@ -87,7 +87,7 @@ def test_the_help_fits_the_terminal(
 def test_a_list_continues_after_an_option(stagecast: Stagecast, monkeypatch: pytest.MonkeyPatch) -> None:
     """argparse itself refuses this, up to Python 3.12."""
     given: list[object] = []
-    monkeypatch.setattr("trainer.cli.report.report", lambda run_dirs, **options: given.append(run_dirs) or 0)
+    monkeypatch.setattr("trainer.cli.report.report", lambda folders, **options: given.append(folders) or 0)
     assert stagecast("report", "one", "--out", "x.html", "two", "--force", "three").code == 0
     assert given == [["one", "two", "three"]]
 

@@ -89,8 +89,8 @@ def test_a_report_in_markdown_compares_runs(folder: Path, stagecast: Stagecast, 
     assert (code, out) == (1, "")
     assert "runs.md exists; use another name, or --force" in err
     shutil.copytree(folder / "run0", tmp_path / "copy")
-    titles = re.findall("^## (/.*)", stagecast("report", folder / "run0", tmp_path / "copy", "--markdown").out, re.M)
-    assert titles == [str(folder / "run0"), str(tmp_path / "copy")], "two runs of one name"
+    titles = re.findall("^## (.*)", stagecast("report", folder / "run0", tmp_path / "copy", "--markdown").out, re.M)
+    assert titles == ["run0", "run0 (copy)"], "two runs of one name"
     code, out, err = stagecast("report", tmp_path / "none", "--markdown")
     assert (code, out) == (1, "")
     assert "is not a folder; name a run folder, or a folder of run folders" in err

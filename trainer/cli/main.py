@@ -272,15 +272,18 @@ def _add_readers(commands: _Commands) -> None:
     report = _add(
         commands,
         "report",
-        "write a run's charts to one HTML file, or its results as Markdown",
-        "The file has the charts, checkpoints and log of the run. It needs no server and loads nothing from the"
-        " network. Several runs are compared in one file. As Markdown, the runs of a folder are compared too: results,"
-        " the hyperparameters that differ, commits and commands.",
+        "write runs with their charts to one HTML file, or their results as Markdown",
+        "The file opens with all runs over each other: results, hyperparameters that differ, charts, commits and"
+        " commands. It needs no server, loads nothing from the network, and prints on A4. It takes at most 1 MB for"
+        " ordinary runs, images apart. As Markdown, the report has the tables, commits and commands.",
     )
-    report.rest = "run_dirs"
-    report.add_argument("run_dirs", nargs="+", metavar="RUN", help="a run folder")
+    report.rest = "folders"
+    report.add_argument("folders", nargs="+", metavar="RUN", help="a run folder, or a folder with runs at any depth")
     report.add_argument("--markdown", action="store_true", help="print Markdown, or write it to the file of --out")
     report.add_argument("--out", metavar="FILE", help="the file to write (default: RUN.html)")
+    report.add_argument("--title", metavar="TEXT", help="(default: the run's name, or the number of runs)")
+    report.add_argument("--notes", metavar="TEXT", help="text at the top, or a file with it (notes.md)")
+    report.add_argument("--full", action="store_true", help="keep all points of the curves, however large the file is")
     report.add_argument("--force", action="store_true", help="replace an existing file")
 
 

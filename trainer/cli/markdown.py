@@ -5,16 +5,10 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
-import msgspec
-
-from events.errors import RunFolderError
 from events.table.columns import FIXED, Column, Columns
 from events.table.entry import RunEntry
-from events.table.table import RunTable
 from events.text import plain_text
 from trainer.cli.runs import value_text
 
@@ -26,38 +20,14 @@ _SPECIAL = re.compile(r"[\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_])|^\s*[-+#=]|^\s*
 """Characters that would be markup where they stand: an underscore within a word, or a minus behind one, would not."""
 
 
-def entries_of(folders: Sequence[str]) -> list[RunEntry]:
-    """Return the entries of run folders, and of the runs in other folders, each once. Waits for the disk.
-
-    Runs of one name are named by their folders.
-
-    Raises:
-        RunFolderError: A folder does not exist, or has no runs.
-    """
-    found: dict[Path, RunEntry] = {}
-    for folder in dict.fromkeys(folders):
-        if not Path(folder).is_dir():
-            raise RunFolderError(f"{folder} is not a folder; name a run folder, or a folder of run folders")
-        table = RunTable(folder)
-        entries = table.look()
-        if not entries:
-            raise RunFolderError(f"{folder} has no runs; name a run folder, or a folder of run folders")
-        for entry in entries:
-            found.setdefault(table.found[entry.name][0].resolve(), entry)
-    count = Counter(entry.name for entry in found.values())
-    return [
-        msgspec.structs.replace(entry, name=str(path)) if count[entry.name] > 1 else entry
-        for path, entry in found.items()
-    ]
-
-
-def markdown(entries: Sequence[RunEntry]) -> str:
+def markdown(entries: Sequence[RunEntry], title: str | None = None, notes: str = "") -> str:
     """Return runs as Markdown (with the tables of GitHub's), the best value of each metric in bold.
 
-    Text of the runs is escaped: it makes no link, picture or markup.
+    Text of the runs is escaped: it makes no link, picture or markup. ``notes`` are Markdown already.
     """
-    title = _name(entries[0]) if len(entries) == 1 else f"{len(entries):,} runs"
-    parts = [f"# {title}", _results(entries), _differing(entries), *map(_about, entries)]
+    usual = _name(entries[0]) if len(entries) == 1 else f"{len(entries):,} runs"
+    head = f"# {_escaped(title) if title else usual}"
+    parts = [head, notes.strip(), _results(entries), _differing(entries), *map(_about, entries)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

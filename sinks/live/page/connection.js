@@ -1,5 +1,6 @@
 /** The connection to the server: WebSocket, or Server-Sent Events where a proxy blocks it; and the token. */
 
+import { embedded } from "./embedded.js";
 import { notebook } from "./notebook.js";
 
 const FIRST_WAIT_S = 0.5;
@@ -17,9 +18,8 @@ export const token = {
   clear: () => sessionStorage.removeItem(TOKEN),
 };
 
-/** A report has no server: the page contains the runs as `{runs: [snapshot], media: {address: data}}`. */
-const embedded = document.getElementById("report");
-export const report = embedded ? JSON.parse(embedded.textContent) : null;
+/** A report has no server. */
+export const report = embedded;
 
 /** A token in the fragment (`#token=...`) is kept for this tab, and removed from the address before any request. */
 function takeToken() {

@@ -11,6 +11,7 @@ import { swatch } from "./legend.js";
 import { fillHistograms, fillMedia } from "./media.js";
 import { ChartMenu } from "./menu.js";
 import { Checkpoints, fillAbout, fillObservers, fillProblems, fillRanks, Log } from "./panels.js";
+import { showReport, writeHead } from "./report.js";
 import { RunList, statusOf } from "./runs.js";
 import { Sections } from "./sections.js";
 import { Layout, View } from "./settings.js";
@@ -60,6 +61,7 @@ class App {
     this.writeTimer = null;
     this.writtenAt = 0;
     setUpControls(this);
+    if (report?.table) showReport();
     this.look();
     setInterval(() => this.tick(), 1000);
     document.addEventListener("visibilitychange", () => {
@@ -80,13 +82,17 @@ class App {
 
   readFragment() {
     const wanted = new URLSearchParams(location.hash.slice(1));
-    this.chosen = [...new Set(wanted.getAll("run"))];
+    const told = wanted.getAll("run");
+    // A report opens with all its runs.
+    if (report && !told.length) told.push(...report.runs.map(({ run }) => run.run_id));
+    this.chosen = [...new Set(told)];
     this.view.read(wanted);
   }
 
   fragment(chosen = this.chosen) {
     const told = new URLSearchParams();
-    for (const runId of chosen) told.append("run", runId);
+    const isWhole = report && chosen.length === report.runs.length;
+    for (const runId of isWhole ? [] : chosen) told.append("run", runId);
     this.view.write(told);
     return `#${told}`;
   }
@@ -370,6 +376,10 @@ class App {
     setText(byId("place"), [run.module, run.device, run.host && `on ${run.host}`].filter(Boolean).join(" · "));
     const isSilent = connection.state !== "open" || connection.silence_s > STALE_S;
     const isStale = (this.isStale = store.isLoaded && (isMissing || isSilent));
+    if (report?.table) {
+      writeHead(store);
+      return;
+    }
     document.title = `${isStale ? "⚠ " : ""}${word}, step ${count(run.global_step ?? 0)} · ${store.runId} – ${NAME}`;
     this.writeBanner(isStale, store, connection);
     const told = `${state}${word}${isStale}`;

@@ -1,7 +1,8 @@
 /** The notebook around the page, if it stands in the output of a cell: see `sinks/notebook/host.js`. */
 
-const embedded = document.getElementById("report");
-const told = embedded ? JSON.parse(embedded.textContent).notebook : undefined;
+import { embedded } from "./embedded.js";
+
+const told = embedded?.notebook;
 
 function hostOf({ host }) {
   try {

@@ -152,7 +152,8 @@ function traceback(text, label) {
   return el("details", { class: "traceback" }, el("summary", { text: "Traceback" }), copy, shown);
 }
 
-async function copyText(text, shown) {
+/** Copy a text, which `shown` contains. */
+export async function copyText(text, shown) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {

@@ -62,6 +62,7 @@ export class Series {
     series.weight.fill(series.width, 0, length);
     if (length) series.weight[length - 1] = Math.max(1, series.count - series.width * (length - 1));
     series.last = data.last ?? null; // a merged point lacks it
+    if (data.ends) series.#setEnds(...data.ends);
     series.limit(most);
     return series;
   }
@@ -111,6 +112,12 @@ export class Series {
   #remember(low, high, step) {
     if (low === low && (this.lowest === null || low < this.lowest.value)) this.lowest = { value: low, step };
     if (high === high && (this.highest === null || high > this.highest.value)) this.highest = { value: high, step };
+  }
+
+  /** A report rounds and merges its points: the lowest and the highest value are exact. */
+  #setEnds(low, lowStep, high, highStep) {
+    this.lowest = { value: low, step: lowStep };
+    this.highest = { value: high, step: highStep };
   }
 
   #room(length) {
