@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from events.checkpoint.settings import Checkpoints
-from events.errors import RunCancelled
+from events.errors import RunCancelled, StagecastError
 from events.journal.writer import Journal
 from events.log import Warned, collecting, collects, flush_stderr
 from events.protocol import RunResult
@@ -31,6 +31,7 @@ from trainer.hooks.hooks import TaskName
 from trainer.loop.control import Control
 from trainer.module_interface import ModuleInterface
 from trainer.peers import TRAIN_ARGUMENTS, TRAINER_METHODS
+from trainer.run.background import Background, handle_of
 from trainer.run.calling_thread import interruptibly, run_here
 from trainer.run.checks import (
     check_checkpoints,
@@ -44,7 +45,7 @@ from trainer.run.checks import (
     numbered,
 )
 from trainer.run.context import RunContext
-from trainer.run.defaults import console, new_run_id
+from trainer.run.defaults import console, default_sinks, new_run_id
 from trainer.run.observers import Callback, SinkLike, split
 from trainer.run.place import RunPlace, is_within
 from trainer.run.record import RunRecord, plain_config
@@ -65,8 +66,9 @@ class Trainer:
         arguments: How to train; the defaults if None.
         callbacks: Each gets every hook once, in order, on a thread of its own; pair one with a `Delivery` to choose
             otherwise.
-        sinks: Observers of the events. None: the console in `train` and `test`, nothing in `run`. Pair one with a
-            `Delivery` to choose how events are delivered to it.
+        sinks: Observers of the events. None: the console in `train` and `test`; in `run` and `start` nothing, but in a
+            notebook the console, which is a live display there. Pair one with a `Delivery` to choose how events are
+            delivered to it.
         alerts: Sinks beside those, such as `sinks.Alert`; they leave the default console as it is.
         sinks_in: Where sinks run whose delivery has no ``runs_in``. ``"thread"``: each on a thread of this process.
             ``"process"``: all in one process of their own, the sink host, which reads the journal: what they compute
@@ -151,6 +153,7 @@ class Trainer:
         self._resume = resume
         self._config = plain_config(config, problems)
         self._command_line: str | None = None
+        self._background: Background | None = None
         check_checkpoints(checkpoints, resume, init_from, problems)
         check_members(self.module, self.arguments, self._callbacks, problems)
         observers = numbered("sinks", self._sinks or ()) | numbered("alerts", self._alerts)
@@ -237,6 +240,29 @@ class Trainer:
             TrainingThreadStuck: the run was cancelled and the loop did not reach a step boundary in time.
         """
         return RunContext(self)
+
+    @refusing(TRAIN_ARGUMENTS)
+    def start(self) -> Run:
+        """Train in the background, and return at once: for notebooks, where a run outlives the cell that starts it::
+
+            run = trainer.start()            # in one cell
+            result = await run.result()      # in another, after run.stop() or at the end
+
+        The loop and its event loop are on threads of their own, so a cell that blocks does not hold up the run. The
+        methods of the returned `Run` work in any thread and event loop; its events are read from the journal. The run
+        stops, with a checkpoint, when nothing refers to the returned object any more, or when the program ends.
+
+        Raises:
+            RunFolderError: the run's folder cannot be used.
+            StagecastError: a run that this trainer has started is still under way.
+        """
+        __tracebackhide__ = True
+        if self._background is not None and not self._background.over.is_set():
+            name = self._background.session.origin.run_id
+            raise StagecastError(f"run {name} of this trainer is still under way; run.stop() ends it")
+        self._background = run = Background(self, self._sinks_here(default_sinks()))
+        run.start()
+        return handle_of(run)
 
     def _run_here(self, task: TaskName, control: Control | None = None) -> tuple[Session, RunResult]:
         __tracebackhide__ = True

@@ -28,6 +28,9 @@ class Run:
         """The run's name."""
         return self._connection.run_id
 
+    def __repr__(self) -> str:
+        return f"Run({self.run_id!r})"
+
     def events(self, *, since: int | None = None, types: Iterable[type[Event]] | None = None) -> EventStream:
         """Watch the run.
 

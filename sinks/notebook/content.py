@@ -23,7 +23,7 @@ MOST_PACKED = 360_000
 """Maximum bytes of the packed page with its run, which the notebook's file keeps. The page alone takes a third."""
 MOST_MESSAGE = 1_000_000
 """Maximum bytes per snapshot that follows; a Jupyter server forwards a megabyte per second by default."""
-MOST_OF_A_FRAME = 5_000
+MOST_OF_A_FRAME = 1_500
 """Maximum points per frame."""
 _FEWEST_POINTS = 8
 """Of a curve, however many there are."""

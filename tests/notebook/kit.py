@@ -25,7 +25,7 @@ from support.threads import wait_until
 from trainer import Checkpoints, Trainer, TrainerArguments
 
 torch.set_num_threads(1)
-long = TrainerArguments(epochs=1000, train_batch_size=4)
+long = TrainerArguments(epochs=100_000, train_batch_size=4)
 def hold_at(step, name="go"):
     return lambda now: now != step or wait_until(Path(name).exists)
 """
@@ -118,6 +118,11 @@ class Shown:
     @property
     def progress(self) -> list[dict[str, str]]:
         return [one for one in self._kernel.displays[self._progress] if one["text/html"]]
+
+    @property
+    def now(self) -> str:
+        """The HTML of the progress."""
+        return self._kernel.displays[self._progress][-1]["text/html"]
 
     @property
     def documents(self) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def test_a_cell_shows_the_live_page_of_its_run_and_keeps_its_end(kernel: Kernel)
     assert 'value="0.5000"' in shown.progress[-2]["text/html"]
     assert steps_of(end, []) == list(range(1, 13))
     assert end["runs"][0]["run"]["status"] == "finished"
-    assert "✓ finished" in shown.progress[-1]["text/html"]
+    assert "✓ finished" in shown.now
     result = ran.result
     assert result["text/plain"].startswith("RunResult(run_id='cell', status='finished', global_step=12, epochs=3,")
     assert len(result["text/plain"]) < 400
@@ -63,7 +63,7 @@ def test_an_interrupted_cell_stops_its_run_with_a_checkpoint(kernel: Kernel) -> 
     assert ran.traceback.startswith("RunInterrupted: SIGINT arrived: run interrupted stopped after global_step ")
     assert "its checkpoint is " in ran.traceback
     assert "\n" not in ran.traceback
-    assert "■ stopped" in Shown(kernel, ran).progress[-1]["text/html"]
+    assert "■ stopped" in Shown(kernel, ran).now
     after = kernel.run("import sys, threading; error = sys.last_value\nprint(Path(error.result.checkpoint).is_dir())")
     assert after.streams == "True\n"
     threads = kernel.run("print([one.name for one in threading.enumerate() if 'stagecast' in one.name])")
@@ -84,7 +84,7 @@ Trainer(Net(train_step=broken_step), long, run_id="broken").train()
     assert "loop.py" not in ran.traceback
     assert "trainer.py" not in ran.traceback
     assert len(ran.traceback.splitlines()) < 30
-    assert "✗ failed" in Shown(kernel, ran).progress[-1]["text/html"]
+    assert "✗ failed" in Shown(kernel, ran).now
 
 
 def test_a_block_in_a_cell_shows_its_run_in_the_loop_of_the_kernel(kernel: Kernel) -> None:
@@ -127,3 +127,33 @@ def test_the_console_prints_lines_where_it_is_told_to(kernel: Kernel) -> None:
     assert "epoch 1/1" in ran.streams
     assert ran.displays == []
     assert kernel.run(f"Trainer(Net(), {few}, sinks=[]).train();").displays == []
+
+
+def test_a_run_is_opened_in_one_cell_and_closed_in_another(kernel: Kernel) -> None:
+    """It trains, and its display moves, while no cell runs, and while a cell blocks the event loop of the kernel."""
+    opened = kernel.run("run = Trainer(Net(), long, run_id='opened').start()")
+    shown = Shown(kernel, opened)
+    kernel.read_until(lambda: len(shown.messages) > 1)
+    before = len(shown.messages)
+
+    def release(ran: Ran) -> None:
+        if len(shown.messages) > before + 1:
+            (kernel.folder / "released").touch()
+
+    kernel.run("wait_until(Path('released').exists)", release)
+    closed = kernel.run("Path(await run.checkpoint()).is_dir()")
+    assert closed.result["text/plain"] == "True"
+    closed = kernel.run("run.stop('enough')\n(await run.result()).reason")
+    assert closed.result["text/plain"] == "'enough'"
+    kernel.read_until(lambda: "■ stopped" in shown.now)
+    assert closed.displays == []
+
+
+def test_a_cell_that_is_run_again_stops_the_run_that_it_has_started(kernel: Kernel) -> None:
+    """Only the second run remains, and after its end no thread of either."""
+    cell = "again = Trainer(Net(), long).start()"
+    first = Shown(kernel, kernel.run(cell))
+    second = Shown(kernel, kernel.run(cell))
+    kernel.read_until(lambda: "■ stopped" in first.now and len(second.messages) > 1)
+    kernel.run("again.stop()\nawait again.result()")
+    kernel.run("from support.threads import trainer_threads\nwait_until(lambda: not trainer_threads())")

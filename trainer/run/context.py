@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 import anyio.to_thread
 
-from events.ipython import kernel_shell
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run.run import Run
@@ -18,7 +17,8 @@ from events.run.stream import LocalEventStream
 from trainer.distributed.world import joins_ranks, opened
 from trainer.loop.control import Control
 from trainer.run.cancellation import end_with_block
-from trainer.run.defaults import console
+from trainer.run.defaults import default_sinks
+from trainer.run.observers import SinkLike
 from trainer.run.place import RunPlace
 from trainer.run.session import Session
 
@@ -34,8 +34,9 @@ class RunContext(AbstractAsyncContextManager[Run]):
     session: Session
     """Once it is entered."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Trainer, sinks: Sequence[SinkLike] | None = None) -> None:
+        """Args: ``sinks``: as described on the thread that starts the run, if that is not this task's."""
+        self._trainer, self._sinks = trainer, sinks
         self._joined: contextlib.ExitStack | None = None  # closed to leave the other ranks
 
     async def __aenter__(self) -> Run:
@@ -43,9 +44,8 @@ class RunContext(AbstractAsyncContextManager[Run]):
         async with contextlib.AsyncExitStack() as unused:
             unused.push_async_callback(self._leave)
             place = await self._place()
-            # In a notebook a person watches; elsewhere the host shows what it wants.
-            default = (console(),) if kernel_shell() is not None else ()
-            sinks = trainer._sinks_here(default) if place.world.leads else []
+            sinks = self._sinks if self._sinks is not None else trainer._sinks_here(default_sinks())
+            sinks = sinks if place.world.leads else []
             # With several ranks it waits a moment for the others, which are here, too.
             self.session = trainer._session("train", Control(), place, sinks, interactive=False, on_stderr=False)
             try:

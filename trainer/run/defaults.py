@@ -6,6 +6,7 @@ import importlib
 import secrets
 import time
 
+from events.ipython import kernel_shell
 from events.sink import Sink
 
 
@@ -18,3 +19,8 @@ def console() -> Sink:
     """Return the default sink of `Trainer.train`, imported on first use."""
     sink: Sink = importlib.import_module("sinks").Console()
     return sink
+
+
+def default_sinks() -> tuple[Sink, ...]:
+    """Return the default sinks of `Trainer.run` and `Trainer.start`: in a notebook a person watches."""
+    return (console(),) if kernel_shell() is not None else ()
