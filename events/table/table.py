@@ -18,7 +18,7 @@ from events.run.summary import Summary
 from events.safe_files import guard, read_below, replace_below, stat_below
 from events.table.entry import EntryReader, RunEntry
 from events.table.folders import below, name_runs, run_folders
-from events.table.notes import NOTES_INVALID, Notes, read_notes
+from events.table.notes import NOTES_INVALID, NOTES_NAME, Notes, read_notes
 
 STORE_NAME = "entry.msgpack"
 """File in the run folder with the cached entry of a run that is over. It may be deleted."""
@@ -26,6 +26,8 @@ _VERSION = 1
 _LEAST_STORED_BYTES = 64 * 1_024
 """Minimum bytes of a journal's newest segment whose entry is stored: a shorter one is read as quickly."""
 _MOST_BYTES = 4 * 2**20
+_ACTIVE_S = 10.0
+"""Seconds by which the last look at a running run counts as older, so that these are looked at first."""
 _ENDED = ("finished", "stopped", "cancelled", "failed", "lost", "silent")
 
 
@@ -49,6 +51,10 @@ class _Run(msgspec.Struct):
     """None for a run that is over and was read to its end."""
     looked_at: float
     """`time.monotonic` of the last look."""
+    notes: Notes | None = None
+    """The valid notes, or None."""
+    notes_stamp: tuple[int, ...] | None = ()
+    """That of their file when they were read; None without a file."""
 
 
 class RunTable:
@@ -76,20 +82,29 @@ class RunTable:
         """Whether some journals were not read to their end: their entries lack values from the middle."""
         return any(run.reader is not None and run.reader.is_behind for run in self._known.values())
 
-    def look(self, first_s: float = math.inf, known_s: float = math.inf, per_run_s: float = math.inf) -> list[RunEntry]:
+    def look(
+        self,
+        first_s: float = math.inf,
+        known_s: float = math.inf,
+        per_run_s: float = math.inf,
+        ended_s: float = 0.0,
+    ) -> list[RunEntry]:
         """Return the entries, the newest run first. Waits for the disk.
 
         Args:
             first_s: Seconds after which runs that are not known yet are left to the next look.
             known_s: Seconds after which runs that are known are left to the next look.
             per_run_s: Maximum seconds per run; the next look reads the rest of a long journal.
+            ended_s: Minimum seconds between two looks at a run that is over.
         """
         began = time.monotonic()
         folders = run_folders(self.folder)
         known = {path: self._known[path] for path in folders if path in self._known}
         self.is_behind = False
         # The oldest look first, so that slow runs do not starve the others.
-        for path in sorted(folders, key=lambda path: known[path].looked_at if path in known else -math.inf):
+        for path in sorted(folders, key=lambda path: _age(known.get(path))):
+            if path in known and known[path].reader is None and began < known[path].looked_at + ended_s:
+                continue
             if time.monotonic() - began > (known_s if path in known else first_s):
                 self.is_behind = self.is_behind or path not in known
             elif (run := self._look_at(path, per_run_s)) is not None:
@@ -101,7 +116,7 @@ class RunTable:
         self.found = {run.run_id: (path, known[path].entry.run.run_id) for path, run in summaries.items()}
         entries: list[RunEntry] = []
         for path, summary in summaries.items():
-            entry, notes = known[path].entry, read_notes(path)
+            entry, notes = known[path].entry, _notes_of(known[path], path)
             health = entry.health if notes is not None else [*entry.health, NOTES_INVALID]
             notes = notes or Notes()
             summary.label, summary.colour = notes.name, notes.colour
@@ -146,6 +161,25 @@ class RunTable:
         if not entry.run.run_id and not entry.run.damage:
             return None
         return _Run(stamp, held, reason, entry, reader, time.monotonic())
+
+
+def _age(known: _Run | None) -> float:
+    """Return the key by which runs are looked at: new ones first, then the oldest look."""
+    if known is None:
+        return -math.inf
+    return known.looked_at - (_ACTIVE_S if known.held else 0.0)
+
+
+def _notes_of(known: _Run, path: Path) -> Notes | None:
+    """Return the notes about a run, read again if their file has changed."""
+    try:
+        found = os.lstat(path / NOTES_NAME)
+        stamp = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    except OSError:
+        stamp = None
+    if stamp != known.notes_stamp:
+        known.notes, known.notes_stamp = read_notes(path), stamp
+    return known.notes
 
 
 def _stamp(run_dir: Path) -> tuple[int, ...]:

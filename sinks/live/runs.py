@@ -33,6 +33,11 @@ _FIRST_LOOK_S = 5.0
 _LOOK_S = 0.3
 """Maximum seconds per look at runs that are known."""
 
+_FEW = 200
+"""Maximum runs that are all looked at for each request; with more..."""
+_ENDED_LOOK_S = 0.004
+"""...these seconds per run pass between two looks at a run that is over, so that polls cost little."""
+
 
 class Runs(Protocol):
     """Finds runs by their names."""
@@ -183,7 +188,9 @@ class RunsOfFolder:
         return await anyio.to_thread.run_sync(look, limiter=self._limiter)
 
     def _look(self) -> list[RunEntry]:
-        entries = self._table.look(_FIRST_LOOK_S, _LOOK_S, _PER_RUN_S)
+        count = len(self._table.found)
+        ended_s = _ENDED_LOOK_S * count if count > _FEW else 0.0
+        entries = self._table.look(_FIRST_LOOK_S, _LOOK_S, _PER_RUN_S, ended_s)
         for entry in entries:  # the damage that a hub found in the whole journal
             hub = self._hubs.get(self._table.found[entry.name][0])
             add_damage(entry.run, hub.view.run.damage if hub is not None else None)

@@ -4,7 +4,7 @@ import { runKey } from "./charts.js";
 import { contained } from "./dom.js";
 import { count, duration, number } from "./format.js";
 import { highlighting, Swatch } from "./legend.js";
-import { statusOf } from "./runs.js";
+import { statusOf } from "./status.js";
 import { html, render } from "./view.js";
 
 /** Maximum runs with their figures beside their names; those of more are in their titles. */

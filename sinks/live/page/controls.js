@@ -3,6 +3,7 @@
 import { token } from "./connection.js";
 import { announce, setAttribute, setText } from "./dom.js";
 import { number } from "./format.js";
+import { labelOf } from "./names.js";
 import { notebook } from "./notebook.js";
 
 function byId(id) {
@@ -73,6 +74,7 @@ export function setUpControls(app) {
     event.preventDefault(); // the fragment is the page's state
     byId("main").focus();
   });
+  byId("table-toggle").addEventListener("click", () => app.table.open(!app.view.table.isOpen));
   byId("retry").addEventListener("click", () =>
     app.focus()?.connection.state === "token" ? app.askToken() : app.reconnect(),
   );
@@ -92,7 +94,7 @@ function setUpCommands(app) {
   byId("checkpoint").addEventListener("click", () => app.command("checkpoint"));
   const dialog = byId("stop-dialog");
   byId("stop").addEventListener("click", () => {
-    setText(byId("stop-title"), `Stop ${app.focus().store.runId}?`);
+    setText(byId("stop-title"), `Stop ${labelOf(app.focus().store.runId)}?`);
     dialog.showModal();
     byId("stop-cancel").focus();
   });

@@ -10,12 +10,15 @@ import { count, duration } from "./format.js";
 import { swatch } from "./legend.js";
 import { fillHistograms, fillMedia } from "./media.js";
 import { ChartMenu } from "./menu.js";
+import { labelOf, learnNames, ownColourOf } from "./names.js";
 import { Checkpoints, fillAbout, fillObservers, fillProblems, fillRanks, Log } from "./panels.js";
 import { showReport, writeHead } from "./report.js";
-import { RunList, statusOf } from "./runs.js";
+import { RunList } from "./runs.js";
 import { Sections } from "./sections.js";
 import { Layout, View } from "./settings.js";
+import { statusOf } from "./status.js";
 import { mostPoints, RunStore } from "./store.js";
+import { TablePage } from "./tablepage.js";
 import { DASHES, runColour } from "./theme.js";
 
 /** Maximum seconds of silence before the page marks its data as old. */
@@ -48,6 +51,7 @@ class App {
     this.lacking = new Map(); // chosen runs -> how many lists in a row have lacked them
     this.clock = null; // of the server: {time, at}, in Unix seconds and by `performance.now()`
     this.pending = new Map(); // commands without an answer
+    this.isAway = false; // whether the table is open, so that the list of runs is not polled
     this.readFragment();
     this.board = new Board(this.view);
     this.board.onchange = () => this.changed();
@@ -57,6 +61,7 @@ class App {
     this.checkpoints = new Checkpoints();
     this.log = new Log();
     this.list = new RunList({ compare: (runId, isChosen) => this.compare(runId, isChosen) });
+    this.table = new TablePage(this);
     this.messages = { count: 0, applyMs: 0, snapshotMs: 0 };
     this.writeTimer = null;
     this.writtenAt = 0;
@@ -89,11 +94,12 @@ class App {
     this.view.read(wanted);
   }
 
-  fragment(chosen = this.chosen) {
+  fragment(chosen = this.chosen, hasTable = this.view.table.isOpen) {
     const told = new URLSearchParams();
     const isWhole = report && chosen.length === report.runs.length;
     for (const runId of isWhole ? [] : chosen) told.append("run", runId);
     this.view.write(told);
+    if (hasTable) this.view.table.write(told);
     return `#${told}`;
   }
 
@@ -107,6 +113,10 @@ class App {
   /** Poll the list of runs. */
   async look() {
     clearTimeout(this.listTimer);
+    if (this.view.table.isOpen) {
+      this.follow();
+      return;
+    }
     let isKnown = false;
     try {
       const response = await get("api/runs");
@@ -114,6 +124,7 @@ class App {
       this.clock = Number.isFinite(time) ? { time, at: performance.now() } : null;
       this.runs = (await response.json()).runs;
       this.listed = new Map(this.runs.map((run) => [run.run_id, run]));
+      if (!report && learnNames(this.runs)) this.renamed();
       isKnown = true;
     } catch (error) {
       if (error instanceof TokenWanted) this.askToken();
@@ -165,8 +176,22 @@ class App {
     return this.clock ? this.clock.time + (performance.now() - this.clock.at) / 1000 : Date.now() / 1000;
   }
 
-  /** Open the chosen runs, close the others. */
+  /** Open the chosen runs, close the others; or show the table of runs. */
   follow() {
+    document.body.classList.toggle("in-table", this.view.table.isOpen);
+    this.table.follow();
+    if (this.view.table.isOpen) {
+      clearTimeout(this.listTimer);
+      this.isAway = true;
+      this.fillList();
+      this.writeTable();
+      return;
+    }
+    if (this.isAway) {
+      this.isAway = false;
+      this.look();
+      if (!this.listed.size) return; // it follows when the runs are known
+    }
     for (const [runId, one] of this.open) {
       if (this.chosen.includes(runId)) continue;
       one.connection.stop();
@@ -208,11 +233,10 @@ class App {
 
   /** How a run is drawn: `{colour, dash, label}`; its notes have its own colour and name. */
   lookOf({ store, slot }) {
-    const listed = this.listed.get(store.runId) ?? store.run;
     return {
-      colour: /^#[0-9a-f]{6}$/.test(listed.colour) ? listed.colour : runColour(slot),
+      colour: ownColourOf(store.runId) ?? runColour(slot),
       dash: this.chosen.length > DASHES.length ? [] : (DASHES[slot] ?? []), // of many, patterns look alike
-      label: listed.label || store.runId,
+      label: labelOf(store.runId),
     };
   }
 
@@ -237,6 +261,21 @@ class App {
     this.follow();
   }
 
+  /** Lay runs over each other, in place of the table. */
+  showRuns(names) {
+    this.chosen = names;
+    this.view.table.isOpen = false;
+    history.pushState(null, "", this.fragment());
+    this.follow();
+  }
+
+  /** People gave runs other names or colours. */
+  renamed() {
+    this.isRearranged = true;
+    this.lastState = null;
+    this.write();
+  }
+
   /** Show the tables of another of the chosen runs. */
   promote(runId) {
     this.chosen = [runId, ...this.chosen.filter((other) => other !== runId)];
@@ -245,7 +284,12 @@ class App {
   }
 
   fillList() {
-    const isOpen = this.runs.some((run) => this.runs.length > 1 || run.run_id !== this.chosen[0]);
+    const hasOthers = this.runs.some((run) => this.runs.length > 1 || run.run_id !== this.chosen[0]);
+    const isOpen = hasOthers && !this.view.table.isOpen;
+    const toggle = byId("table-toggle");
+    toggle.hidden = !hasOthers && !this.view.table.isOpen && !(report?.table?.length > 1);
+    setText(toggle, this.view.table.isOpen ? "Charts" : "Table");
+    toggle.title = this.view.table.isOpen ? "The charts of a run (Alt+T)" : "All runs in a table (Alt+T)";
     byId("runs-toggle").hidden = !isOpen || !isNarrow.matches;
     byId("runs").hidden = !isOpen || (isNarrow.matches && byId("runs-toggle").getAttribute("aria-expanded") !== "true");
     const markOf = (runId) => {
@@ -301,7 +345,19 @@ class App {
     }, wait);
   }
 
+  /** The header while the table is open. */
+  writeTable() {
+    byId("waiting").hidden = byId("content").hidden = byId("commands").hidden = true;
+    byId("banner").hidden = true;
+    document.body.classList.remove("stale");
+    setText(byId("run-name"), "Runs");
+    byId("run-name").title = "";
+    document.title = `Runs – ${NAME}`;
+    this.lastState = null;
+  }
+
   writeNow() {
+    if (this.view.table.isOpen) return;
     const focus = this.focus();
     if (!focus) return;
     if (focus !== this.lastFocus) this.follow(); // the previous run is missing
@@ -369,9 +425,10 @@ class App {
     setAttribute(chip, "data-health", isUnhealthy ? "unhealthy" : null);
     setText(chip.querySelector(".glyph"), glyph);
     setText(chip.querySelector(".word"), word);
-    setText(byId("run-name"), store.runId);
+    const label = labelOf(store.runId);
+    setText(byId("run-name"), label);
     byId("run-name").title = store.runId;
-    const others = this.chosen.filter((runId) => runId !== store.runId);
+    const others = this.chosen.filter((runId) => runId !== store.runId).map(labelOf);
     setText(byId("run-others"), others.length ? `and ${others.join(", ")}` : "");
     setText(byId("place"), [run.module, run.device, run.host && `on ${run.host}`].filter(Boolean).join(" · "));
     const isSilent = connection.state !== "open" || connection.silence_s > STALE_S;
@@ -381,6 +438,7 @@ class App {
       return;
     }
     document.title = `${isStale ? "⚠ " : ""}${word}, step ${count(run.global_step ?? 0)} · ${store.runId} – ${NAME}`;
+    document.title = `${isStale ? "⚠ " : ""}${word}, step ${count(run.global_step ?? 0)} · ${label} – ${NAME}`;
     this.writeBanner(isStale, store, connection);
     const told = `${state}${word}${isStale}`;
     if (this.lastState && this.lastState !== told && store.isLoaded)

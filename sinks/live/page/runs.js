@@ -1,47 +1,13 @@
-/** The list of runs, and the words for a run's state. */
+/** The list of runs. */
 
 import { contained, el, reconcile, setAttribute, setText } from "./dom.js";
 import { ago, count, duration, number } from "./format.js";
 import { matcher } from "./match.js";
+import { labelOf } from "./names.js";
+import { statusOf } from "./status.js";
 
 function byId(id) {
   return document.getElementById(id);
-}
-
-const UNKNOWN = ["·", "unknown"];
-const STATUS = new Map([
-  ["running", ["●", "running"]],
-  ["paused", ["‖", "paused"]],
-  ["finished", ["✓", "finished"]],
-  ["stopped", ["■", "stopped"]],
-  ["failed", ["✕", "failed"]],
-  ["cancelled", ["⊘", "cancelled"]],
-  ["lost", ["?", "lost"]],
-  ["silent", ["?", "silent: nothing arrives from it"]],
-  ["damaged", ["⚠", "damaged"]],
-  ["connecting", ["·", "connecting"]],
-  ["missing", ["?", "no such run"]],
-]);
-
-/** `{state, glyph, word, isUnhealthy}` of a run: one with problems has neither the glyph nor the word of a healthy one. */
-export function statusOf(run) {
-  const state = run.status === "running" && run.paused ? "paused" : run.status;
-  const [glyph, word] = STATUS.get(state) ?? UNKNOWN;
-  const problems = run.problems?.length ?? 0;
-  if (!problems || state === "missing") return { state, glyph, word, isUnhealthy: false };
-  const others = problems - (run.damage ? 1 : 0);
-  const isSaid = !others || (state === "failed" && others === 1); // the only problem is the failure itself
-  const words = [
-    word,
-    run.damage && state !== "damaged" ? "damaged" : null,
-    isSaid ? null : `${count(others)} ${others === 1 ? "problem" : "problems"}`,
-  ];
-  return {
-    state,
-    glyph: ["failed", "lost", "silent", "damaged"].includes(state) ? glyph : "▲",
-    word: words.filter(Boolean).join(", "),
-    isUnhealthy: true,
-  };
 }
 
 export class RunList {
@@ -58,7 +24,7 @@ export class RunList {
     this.last = [runs, chosen, linkOf, markOf, most, now];
     this.filter.hidden = runs.length < 8;
     const { matches, problem } = matcher(this.filter.value);
-    const found = runs.filter((run) => matches(run.run_id) || matches(run.module ?? ""));
+    const found = runs.filter((run) => matches(run.run_id) || matches(labelOf(run.run_id)) || matches(run.module ?? ""));
     const shown = runs.filter((run) => chosen.includes(run.run_id) || found.includes(run));
     const none = found.length ? null : `No run matches “${this.filter.value.trim()}”.`;
     const said = this.filter.hidden ? "" : [problem, runs.length ? none : null].filter(Boolean).join(" ");
@@ -83,6 +49,10 @@ export class RunList {
     item.root.classList.toggle("chosen", isChosen);
     item.box.checked = isChosen;
     item.box.disabled = (isChosen && chosen.length === 1) || (!isChosen && chosen.length >= most);
+    const label = labelOf(run.run_id);
+    setText(item.link, label);
+    item.link.title = label === run.run_id ? label : `${label} (${run.run_id})`;
+    setAttribute(item.box, "aria-label", `Compare ${label}`);
     setAttribute(item.link, "href", linkOf(run.run_id));
     setAttribute(item.link, "aria-current", chosen[0] === run.run_id ? "true" : null);
     const { glyph, word, isUnhealthy } = statusOf(run);
@@ -102,10 +72,9 @@ export class RunList {
   #make(runId) {
     const box = el("input", {
       type: "checkbox",
-      "aria-label": `Compare ${runId}`,
       onchange: () => this.on.compare(runId, box.checked),
     });
-    const link = el("a", { title: runId, text: runId });
+    const link = el("a");
     const [state, when, mark] = [el("span"), el("span"), el("span", { class: "mark" })];
     return {
       root: el("li", {}, box, link, el("div", { class: "facts" }, state, when), mark),

@@ -1,5 +1,7 @@
 /** The reader's choices about charts: those that the address keeps, and those that the browser keeps. */
 
+import { TableState } from "./tablestate.js";
+
 /** A choice that holds for all charts or for one: `log=1&log=on:training/Learning rate&log=off:training/Loss`. */
 class Choice {
   all = false;
@@ -37,8 +39,10 @@ export class View {
   folded = new Set(); // prefixes of metrics
   hidden = new Set(); // curves
   zoom = null; // [from, to], in units of the axis
+  table = new TableState();
 
   read(wanted) {
+    this.table.read(wanted);
     this.log.read(wanted.getAll("log"));
     this.robust.read(wanted.getAll("robust"));
     const smoothing = Number(wanted.get("smooth"));

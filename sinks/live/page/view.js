@@ -1,7 +1,7 @@
 /** Parts of the page as functions of its state, rendered by Preact. `html` is its template. */
 
 import htm from "./htm.min.js";
-import { h, render } from "./preact.min.js";
+import { Component, h, render } from "./preact.min.js";
 
 export const html = htm.bind(h);
-export { render };
+export { Component, render };
