@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from trainer.distributed.local import local, whole
 from trainer.errors import ContractError, OptimizerError
 
 
-class AveragedWeights(CallbackInterface):
+class AveragedWeights(CallbackInterface, ABC):
     """Averages the trained parameters of a module; a subclass chooses when, and with which weight.
 
     Only trained parameters are averaged and copied. A parameter that is added or unfrozen later joins at the beginning
@@ -108,9 +109,9 @@ class AveragedWeights(CallbackInterface):
             self._average_once(self.weight_of_next())
         self.steps += 1
 
+    @abstractmethod
     def weight_of_next(self) -> float:
         """The weight that the current weights have in the average of them and the earlier ones, in (0, 1]."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def _average_once(self, weight: float) -> None:
