@@ -87,6 +87,10 @@ def attempt(name, module, strategy, **more):
     except Exception as error:
         mistakes[name] = [type(error).__name__, " | ".join([str(error), *getattr(error, "__notes__", [])])]
 
+shared = Classifier(Case(rows=16))
+shared.third = torch.nn.Linear(12, 32)
+shared.third.weight = shared.first.weight
+attempt("shared", shared, strategy)
 attempt("units", Classifier(Case(rows=16)), Fsdp(units=["Linear", "Block"]))
 attempt("copies", Classifier(Case(rows=16)), Fsdp(replicate=3))
 kept, loose, tied = (Classifier(Case(rows=16, manual=True, micro=16)) for _ in range(3))
@@ -97,6 +101,7 @@ attempt("kept", kept, Fsdp(reshard_after_forward=False))
 attempt("loose", loose, "fsdp")
 attempt("tied", tied, "fsdp")
 attempt("penalty", Penalized(Case(rows=16, manual=True, micro=16)), strategy)
+attempt("twice", Penalized(Case(rows=16)), strategy)
 attempt("other", made, "single")
 attempt("none", Classifier(Case(rows=16, leaves=99)), strategy)
 Path(f"mistakes-{rank}.json").write_text(json.dumps(mistakes))
@@ -150,12 +155,14 @@ def test_averages_statistics_and_skips_are_those_of_the_whole_model(ranks: Start
     for rank in (0, 1):
         mistakes = json.loads((tmp_path / f"mistakes-{rank}.json").read_text())
         for name, kind, says in (
+            ("shared", "ArgumentsError", "the parameter third.weight is first.weight, too, which is in another unit"),
             ("units", "ArgumentsError", "names Block, which Classifier does not contain"),
             ("copies", "ArgumentsError", "Fsdp(replicate=3) does not divide the 2 ranks; set it to one of 1, 2"),
             ("kept", "ArgumentsError", "Fsdp(reshard_after_forward=False) keeps gathered parameters"),
             ("loose", "ArgumentsError", "the parameter scale is in no submodule with a forward()"),
             ("tied", "ArgumentsError", "the parameter first.weight is in two networks"),
             ("penalty", "RuntimeError", "its gradients cannot be differentiated; set strategy='ddp'"),
+            ("twice", "RuntimeError", "its gradients cannot be differentiated; set strategy='ddp'"),
             ("none", "StepOutputError", "returned None, but with strategy='fsdp' all ranks compute gradients"),
         ):
             assert mistakes[name][0] in (kind, "PeerFailed"), mistakes

@@ -66,7 +66,10 @@ class Penalized(Classifier):
     def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
         x = batch[0].requires_grad_()
         (gradient,) = torch.autograd.grad(self.losses([x, *batch[1:]]).sum(), x, create_graph=True)
+        if not self.manual_optimization:
+            return gradient.square().sum(), batch[2]
         self.optimize(gradient.square().sum(), 0)
+        return None
 
 
 class Stacked(Classifier):

@@ -117,7 +117,7 @@ class FsdpStrategy(_Divided):
     def forward(self, *args: Any) -> Any:
         if not self._accumulates:
             broadcast(self._followed)  # WAIT: for rank 0, as the pass itself does
-        with self._noting(1.0 if self._batch_part else 0.0):
+        with self._noting(1.0 if self._batch_part else 0.0), _explaining():
             result = self._module(*args)
         if result is None:
             raise StepOutputError(
@@ -145,7 +145,8 @@ class FsdpStrategy(_Divided):
             self._weight += part
             self._loss = loss.reshape(()).to(self._zero) * part + self._loss
         try:
-            scaled.backward()  # type: ignore[no-untyped-call]
+            with _explaining():
+                scaled.backward()  # type: ignore[no-untyped-call]
         finally:
             self._weighing.clear()
 
@@ -180,16 +181,8 @@ class ManualFsdp(_Divided):
         self.part = part
         broadcast(self._followed)  # WAIT: for rank 0, as the passes do
         try:
-            with self._noting(part):
+            with self._noting(part), _explaining():
                 yield
-        except RuntimeError as error:
-            if "storage of size 0" in str(error):
-                add_note(
-                    error,
-                    "stagecast: strategy='fsdp' frees the parameters of a network after each backward pass through it,"
-                    " so that its gradients cannot be differentiated; set strategy='ddp'",
-                )
-            raise
         finally:
             self._weighing.clear()
 
@@ -202,6 +195,21 @@ class ManualFsdp(_Divided):
 
     def mean(self, loss: torch.Tensor | None) -> Share:
         return mean_of(loss, self.part, self._device)
+
+
+@contextlib.contextmanager
+def _explaining() -> Iterator[None]:
+    """Add a note to torch's error for a gradient that needs freed parameters."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "storage of size 0" in str(error):
+            add_note(
+                error,
+                "stagecast: strategy='fsdp' frees the parameters of a unit after each pass through it, so that its"
+                " gradients cannot be differentiated; set strategy='ddp'",
+            )
+        raise
 
 
 def _check(module: ModuleInterface, options: Fsdp) -> None:

@@ -115,7 +115,24 @@ def _units(module: ModuleInterface, options: Fsdp) -> list[nn.Module]:
                 f"the unit {type(one).__name__} for strategy='fsdp' has no forward(); choose the modules in it"
             )
     own = {one for one in units if one is not module and any(True for _ in one.parameters())}
+    _check_ties(module, own)
     return sorted(own, key=lambda one: -order[one])
+
+
+def _check_ties(module: ModuleInterface, units: set[nn.Module]) -> None:
+    """Check that the names of each parameter are in one unit. Raises `ArgumentsError`."""
+    places = {name: one for name, one in module.named_modules(remove_duplicate=False) if one in units}
+    owners: dict[nn.Parameter, tuple[str, nn.Module | None]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        inside = name
+        while inside and inside not in places:
+            inside = inside.rpartition(".")[0]
+        other, owner = owners.setdefault(parameter, (name, places.get(inside)))
+        if owner is not places.get(inside):
+            raise ArgumentsError(
+                f"the parameter {name} is {other}, too, which is in another unit of strategy='fsdp'; choose units of"
+                f" which one has both, or none has either"
+            )
 
 
 def _recompute(unit: nn.Module) -> None:
