@@ -282,6 +282,13 @@ class FakeRun:
             "histograms": self.histograms,
         }
 
+    def row(self) -> dict[str, Any]:
+        """Its row of the table of runs."""
+        metrics = {name: [one["last"], one["last"], 1, 0, True] for name, one in self.series.items()}
+        run = {"name": self.run["run_id"], "status": self.run["status"], "updated": self.run["updated"]}
+        noted = {"name": self.run.get("label", ""), "tags": [], "note": "", "colour": self.run.get("colour", "")}
+        return run | {"monitored": "val_loss", "notes": noted, "config": {"lr": 3e-4}, "metrics": metrics}
+
     def tell(self, frame: dict[str, Any]) -> None:
         """Send a frame to all watchers."""
         message = {"type": "frame", "cursor": self.cursor, "time": time.time()}
@@ -313,6 +320,7 @@ class PageServer:
                 Route("/", self._index),
                 Route("/page/{name}", self._page),
                 Route("/api/runs", self._list),
+                Route("/api/table", self._table),
                 Route("/api/runs/{run_id}", self._snapshot),
                 Route("/api/runs/{run_id}/events", self._events),
                 Route("/api/runs/{run_id}/commands", self._post, methods=["POST"]),
@@ -406,6 +414,11 @@ class PageServer:
 
     async def _list(self, request: Request) -> Response:
         return self._refused(request) or JSONResponse({"runs": [run.run for run in self.runs.values()]})
+
+    async def _table(self, request: Request) -> Response:
+        rows = [run.row() for run in self.runs.values()]
+        answer = {"now": time.time(), "total": len(rows), "is_behind": False, "notes": False, "cursor": "", "rows": rows}
+        return self._refused(request) or JSONResponse(answer)
 
     async def _snapshot(self, request: Request) -> Response:
         return self._refused(request) or JSONResponse(self.runs[request.path_params["run_id"]].snapshot())

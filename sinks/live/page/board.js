@@ -107,6 +107,7 @@ export class Board {
     for (const chart of this.charts) if (chart.isSeen) chart.highlight(key);
     for (const node of document.querySelectorAll("[data-key]")) node.toggleAttribute("data-lit", node.dataset.key === key);
     document.documentElement.toggleAttribute("data-lighting", key !== null);
+    this.onhighlight(key);
   }
 
   /** The reader has changed a setting. */

@@ -2,6 +2,7 @@
 
 import { Board } from "./board.js";
 import { fillCompared } from "./compared.js";
+import { ComparePage } from "./comparepage.js";
 import { Connection, get, NO_RUN, report, token, TokenWanted } from "./connection.js";
 import { freshCommandId, isNarrow, setUpControls, showCommands, showControls, toast, WORDS } from "./controls.js";
 import { announce, contained, setAttribute, setText } from "./dom.js";
@@ -58,6 +59,8 @@ class App {
     const menu = new ChartMenu(this);
     this.board.openMenu = (chart) => menu.open(chart);
     this.sections = new Sections(this);
+    this.comparePage = new ComparePage(this);
+    this.board.onhighlight = (key) => this.comparePage.lit(key);
     this.checkpoints = new Checkpoints();
     this.log = new Log();
     this.list = new RunList({ compare: (runId, isChosen) => this.compare(runId, isChosen) });
@@ -138,6 +141,7 @@ class App {
       if (!this.chosen.length) this.wait("No runs yet", "They appear here as soon as one starts.");
       this.lookForChosen();
       this.follow();
+      this.comparePage.look();
     }
     this.listFailures = isKnown ? 0 : Math.min(3, (this.listFailures ?? 0) + 1);
     const wait =
@@ -226,6 +230,7 @@ class App {
       const isChanged = listed !== undefined && (listed.updated !== one.updated || !OVER.has(listed.status));
       if (one === focus || isChanged) one.connection.follow();
     }
+    this.comparePage.follow();
     showControls(this);
     this.fillList();
     this.write();
@@ -404,6 +409,7 @@ class App {
     for (const [name, fill] of Object.entries(parts)) if (store.touched.delete(name)) this.part(focus, fill);
     this.part(focus, () => writeFigures(store, this.isStale));
     fillCompared(this, STALE_S);
+    this.comparePage.fill();
   }
 
   wait(title, text) {

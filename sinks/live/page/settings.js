@@ -1,5 +1,6 @@
 /** The reader's choices about charts: those that the address keeps, and those that the browser keeps. */
 
+import { CompareState } from "./comparestate.js";
 import { TableState } from "./tablestate.js";
 
 /** A choice that holds for all charts or for one: `log=1&log=on:training/Learning rate&log=off:training/Loss`. */
@@ -40,9 +41,11 @@ export class View {
   hidden = new Set(); // curves
   zoom = null; // [from, to], in units of the axis
   table = new TableState();
+  compare = new CompareState();
 
   read(wanted) {
     this.table.read(wanted);
+    this.compare.read(wanted);
     this.log.read(wanted.getAll("log"));
     this.robust.read(wanted.getAll("robust"));
     const smoothing = Number(wanted.get("smooth"));
@@ -63,6 +66,7 @@ export class View {
     if (this.filter) told.set("metrics", this.filter);
     for (const prefix of this.folded) told.append("fold", prefix);
     for (const key of this.hidden) told.append("hide", key);
+    this.compare.write(told);
     if (this.zoom) told.set("zoom", this.zoom.map((end) => Number(end.toPrecision(14))).join("~"));
   }
 }
