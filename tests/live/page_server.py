@@ -417,8 +417,8 @@ class PageServer:
 
     async def _table(self, request: Request) -> Response:
         rows = [run.row() for run in self.runs.values()]
-        answer = {"now": time.time(), "total": len(rows), "is_behind": False, "notes": False, "cursor": "", "rows": rows}
-        return self._refused(request) or JSONResponse(answer)
+        answer = {"now": time.time(), "total": len(rows), "is_behind": False, "notes": False, "cursor": ""}
+        return self._refused(request) or JSONResponse(answer | {"rows": rows})
 
     async def _snapshot(self, request: Request) -> Response:
         return self._refused(request) or JSONResponse(self.runs[request.path_params["run_id"]].snapshot())
