@@ -122,8 +122,9 @@ class RunEntry(msgspec.Struct):
 
     @property
     def monitored(self) -> str | None:
-        """The metric by which runs are compared: that of its best checkpoint, otherwise a loss."""
-        return next((one for one in (self.run.best, "val_loss", "train_epoch_loss") if one in self.metrics), None)
+        """The metric by which runs are compared: that of its best checkpoint, otherwise its first validation loss."""
+        validated = next((name for name in self.metrics if name.partition("/")[0] == "val_loss"), None)
+        return next((one for one in (self.run.best, validated, "train_epoch_loss") if one in self.metrics), None)
 
     def duration_s(self, now: float) -> float | None:
         """Seconds from its start to its end, its last sign of life, or now."""

@@ -65,10 +65,10 @@ def test_an_entry_has_what_a_run_was_asked_and_came_to(tmp_path: Path) -> None:
 def test_health_names_in_a_few_words_what_is_wrong(tmp_path: Path) -> None:
     told = Told(tmp_path, "demo")
     tell = told.story
-    told.write(tell.started(), tell(ValEpochEnded, loss=1.0))
+    told.write(tell.started(), tell(ValEpochEnded, loss=1.0, key="web"))
     for epoch in range(1, 4):
         tell.epoch = epoch
-        told.write(tell(ValEpochEnded, loss=1.0 + epoch))
+        told.write(tell(ValEpochEnded, loss=1.0 + epoch, key="web"))
     told.write(
         tell(NonFiniteLoss, loss=math.nan, action="warned"),
         tell(ObserverFailed, observer="csv", error="disk full", action="retrying"),
@@ -79,7 +79,7 @@ def test_health_names_in_a_few_words_what_is_wrong(tmp_path: Path) -> None:
     assert entry.health == [
         "csv failing",
         "checkpoint failing",
-        "val_loss not improved for 3 epochs",
+        "val_loss/web not improved for 3 epochs",
         "device idle 40%",
     ]
     assert len(entry.run.problems) == 3

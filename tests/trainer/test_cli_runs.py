@@ -106,10 +106,15 @@ def test_the_table_fits_the_terminal(
     assert [line.split()[0] for line in lines] == ["run2", "run1", "run0"]
     assert head.split()[:2] == ["name", "status"]
     assert max(cells(line) for line in [head, *lines]) <= width
-    assert ("config.lr" in head, "config.seed" in head) == (width >= 80, False)
+    assert ("config.lr" in head, "config.seed" in head) == (width >= 60, False)
     code, out, err = stagecast("runs", folder, "--columns", "name,command,best.train_loss,last.train_loss,host,folder")
     assert max(map(cells, out.splitlines())) <= width
     assert ("no room" in err, code) == (width < 80, 0)
+    (folder / "run0").rename(folder / "named-by-its-folder-lr-0.1")
+    head, *lines = stagecast("runs", folder, "--sort", "lr").out.splitlines()
+    assert head.split()[:2] == ["name", "folder"]
+    assert "lr-0.1" in lines[-1].split()[1]  # a long one is cut in the middle
+    assert ("…" in lines[-1]) == (width < 120)
 
 
 def test_a_shell_completes_columns(folder: Path, tmp_path: Path) -> None:

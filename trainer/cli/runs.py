@@ -71,11 +71,13 @@ def _names(text: str) -> list[str]:
 
 def _usual(entries: Sequence[RunEntry], known: Columns) -> list[Column]:
     """Return the columns that are shown unless others are asked for, the most telling first."""
-    names = ["name", "status", "step", "progress", "left_s"]
+    is_named = all(one.folder.rpartition("/")[2] in (one.name, ".") for one in entries)
+    is_over = all(one.run.status == "finished" for one in entries)
+    names = ["name", *([] if is_named else ["folder"]), "status", *([] if is_over else ["progress", "left_s"])]
     monitored = list(dict.fromkeys(one.monitored for one in entries if one.monitored is not None))
     names += [f"{kind}.{name}" for name in monitored[:2] for kind in ("best", "last")]
     names += [f"config.{name}" for name in known.differing(entries)[:_MOST_DIFFERING]]
-    names += ["health", "duration_s", "tags", "updated"]
+    names += ["health", "step", "duration_s", "tags", "updated"]
     found = [known.column(name) for name in names]
     return [one for one in found if one.name == "name" or any(one.of(entry) not in (None, "", ()) for entry in entries)]
 
@@ -133,15 +135,21 @@ def _fitted(widths: list[int], room: int) -> list[int]:
 
 
 def _padded(text: str, width: int, *, is_right: bool) -> str:
-    if cells(text) > width:
-        cut = ""
-        for char in text:
-            if cells(cut + char) > width - 1:
-                break
-            cut += char
-        text = f"{cut}…"
+    if cells(text) > width:  # the end of a name often tells runs or metrics apart
+        begin = _first(text, width // 2)
+        text = f"{begin}…{_first(text[::-1], width - 1 - cells(begin))[::-1]}"
     pad = " " * (width - cells(text))
     return pad + text if is_right else text + pad
+
+
+def _first(text: str, width: int) -> str:
+    """Return the first characters that fit."""
+    cut = ""
+    for char in text:
+        if cells(cut + char) > width:
+            break
+        cut += char
+    return cut
 
 
 def _is_number(column: Column, entries: Sequence[RunEntry]) -> bool:
