@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from events.errors import ArgumentsError
@@ -131,12 +132,17 @@ def row(entry: RunEntry) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
-def page_row(entry: RunEntry) -> dict[str, Any]:
+def page_row(entry: RunEntry, metrics: Container[str] | None = None, most_config: int | None = None) -> dict[str, Any]:
     """Return a run as a row of the page's table and of a report: plain data, which JSON can hold.
 
     It changes only with the run and its notes: the duration of a running run ends at its newest event. Numbers that are
     not finite are ``"nan"``, ``"inf"`` or ``"-inf"``. A metric is ``[last, best, best_step, epochs_since_best,
-    is_least_best]``, where ``best`` is None without a finite value.
+    is_least_best]``, where ``best`` is None without a finite value. Texts of hyperparameters are cut after 500
+    characters.
+
+    Args:
+        metrics: The names of the metrics; None for all.
+        most_config: Maximum hyperparameters, the first ones; None for all.
     """
     run, notes = entry.run, entry.notes
     found: dict[str, Any] = {name: FIXED[name](entry) for name in _ON_PAGE}
@@ -147,15 +153,24 @@ def page_row(entry: RunEntry) -> dict[str, Any]:
         "duration_s": entry.duration_s(run.updated),
         "monitored": entry.monitored,
         "notes": {"name": notes.name, "tags": list(notes.tags), "note": notes.note, "colour": notes.colour},
-        "config": {name: as_json(one) if isinstance(one, float) else one for name, one in entry.config.items()},
-        "metrics": {name: _page_metric(metric) for name, metric in entry.metrics.items()},
+        "config": {name: _page_value(one) for name, one in itertools.islice(entry.config.items(), most_config)},
+        "metrics": {
+            name: _page_metric(metric) for name, metric in entry.metrics.items() if metrics is None or name in metrics
+        },
     }
 
 
+_MOST_CHARS = 500
 _ON_PAGE = (
     *("folder", "status", "step", "total_steps", "progress", "left_s", "epoch", "started", "updated"),
     *("commit", "dirty", "command", "module", "device", "host", "attempt"),
 )
+
+
+def _page_value(value: Value) -> Value:
+    if isinstance(value, str):
+        return value if len(value) <= _MOST_CHARS else f"{value[:_MOST_CHARS]}…"
+    return as_json(value) if isinstance(value, float) else value
 
 
 def _page_metric(metric: MetricSummary) -> list[Any]:

@@ -72,7 +72,7 @@ from sinks.live.responses import (
     unchanged,
 )
 from sinks.live.runs import Runs, runs_of
-from sinks.live.table import TableEndpoint
+from sinks.live.table import TableEndpoints
 
 MOST_FOLLOWERS = 64
 """Maximum responses with a journal at a time, because each holds a part of it in memory; further ones get 503."""
@@ -114,7 +114,7 @@ class LiveApp:
         self._followers = Limit(min(MOST_FOLLOWERS, max(1, most_clients // 4)), "journals")
         self._images = Limit(min(MOST_IMAGES, max(1, most_clients // 4)), "images")
         self._unread = Unread()
-        self._table = TableEndpoint(self._runs, self._unread)
+        self._table = TableEndpoints(self._runs, self._unread)
         self._page = read_page()
         run = "/api/runs/{run_id}"
         self._router = Router(
@@ -200,7 +200,7 @@ class LiveApp:
         return unchanged(etag) if request.headers.get("if-none-match") == etag else answer
 
     async def _list_runs(self, request: HttpRequest) -> Response:
-        return JsonResponse({"runs": await self._runs.summaries(self._access.commands)}, unread=self._unread)
+        return await self._table.list(request, commands=self._access.commands)
 
     async def _list_rows(self, request: HttpRequest) -> Response:
         return await self._table.get(request, commands=self._access.commands)

@@ -9,6 +9,7 @@ import math
 import re
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,13 @@ _MOST_REPEATS = 10_000
 _COUNT = re.compile(r"\{(\d+)")
 _VERBOSE = re.compile(r"\(\?[a-zA-Z0-9]*x")
 
+MAX_VALUES = 400_000
+"""Maximum values of metrics, and of hyperparameters, per answer: 16 MB each before they are compressed."""
+_MOST_WANTED = 50
+"""Maximum metrics that a request may name of a table with more values."""
+_MOST_KEPT = 4
+"""Maximum selections of metrics whose rows are kept encoded."""
+
 
 class _EncodedRow(NamedTuple):
     version: int
@@ -47,23 +55,33 @@ class _EncodedRow(NamedTuple):
 
 
 class TableRows:
-    """The encoded rows of a table, by the names of their runs. Each method belongs to one thread at a time."""
+    """The encoded rows of a table, by the names of their runs. Each method belongs to one thread at a time.
 
-    def __init__(self) -> None:
+    Args:
+        metrics: The metrics in a row; None for all.
+    """
+
+    def __init__(self, metrics: frozenset[str] | None = None) -> None:
+        self._metrics = metrics
         self._id = secrets.token_hex(4)
         self._version = 0
         self._rows: dict[str, _EncodedRow] = {}
 
-    def take(self, entries: Sequence[RunEntry]) -> None:
+    def take(self, entries: Sequence[RunEntry], most_config: int) -> None:
         """Encode the rows that have changed since the last call."""
         rows: dict[str, _EncodedRow] = {}
         self._version += 1
         for entry in entries:
             row = self._rows.get(entry.name)
             if row is None or row.entry != entry:
-                row = _EncodedRow(self._version, entry, msgspec.Raw(encode(page_row(entry))))
+                data = encode(page_row(entry, self._metrics, most_config))
+                row = _EncodedRow(self._version, entry, msgspec.Raw(data))
             rows[entry.name] = row
         self._rows = rows
+
+    def known(self, names: Sequence[str]) -> list[str]:
+        """Return the names that have a row: another request may have taken newer entries."""
+        return [name for name in names if name in self._rows]
 
     def tag(self, names: Sequence[str], state: object) -> str:
         """Return an entity tag of some rows as they are, and of ``state``, which the answer also has."""
@@ -84,43 +102,87 @@ class TableRows:
         return members | {"rows": [row.data for row in rows if row.version > version]}
 
 
-class TableEndpoint:
-    """Answers ``GET /api/table``, and changes notes."""
+class TableEndpoints:
+    """Answers ``GET /api/table`` and ``GET /api/runs``, and changes notes."""
 
     def __init__(self, runs: Runs, unread: Unread) -> None:
         self._runs = runs
         self._unread = unread
-        self._rows = TableRows()
+        self._rows: OrderedDict[frozenset[str] | None, TableRows] = OrderedDict()
+        """By the metrics in their rows, the last used ones last."""
 
     @functools.cached_property
     def _limiter(self) -> anyio.CapacityLimiter:
-        """One table at a time; created when it is used, in the server's event loop."""
+        """One answer at a time; created when it is used, in the server's event loop."""
         return anyio.CapacityLimiter(1)
+
+    @functools.cached_property
+    def _searches(self) -> anyio.CapacityLimiter:
+        """Slow filters wait for each other, and no answer without a filter waits for them."""
+        return anyio.CapacityLimiter(2)
+
+    @functools.cached_property
+    def _writes(self) -> anyio.CapacityLimiter:
+        return anyio.CapacityLimiter(2)
 
     async def get(self, request: Request, *, commands: bool) -> Response:
         """Return the rows that fulfil ``filter=...``; raises `Refused` for a filter that cannot be read.
+
+        With more than `MAX_VALUES` values of metrics, rows have those by which runs are judged and of ``metric=...``;
+        ``metric_names`` are all. ``left_out`` counts the hyperparameters that the rows lack.
 
         Args:
             commands: Whether the server takes commands, which include notes.
         """
         entries = await self._runs.entries()
-        notes = commands and self._runs.keeps_notes
-        state = {"total": len(entries), "is_behind": self._runs.is_behind, "notes": notes}
         query = request.query_params
+        rows, left_out = await anyio.to_thread.run_sync(
+            self._take, entries, query.getlist("metric"), limiter=self._limiter
+        )
+        filters = [one for one in query.getlist("filter") if one.strip()]
+        if filters:
+            found = await anyio.to_thread.run_sync(_selected, entries, filters, limiter=self._searches)
+        else:
+            found = [entry.name for entry in entries]
+        notes = commands and self._runs.keeps_notes
+        state = {"total": len(entries), "is_behind": self._runs.is_behind, "notes": notes, **left_out}
 
         def answer() -> Response:
-            names = _selected(entries, query.getlist("filter"))
-            self._rows.take(entries)
-            etag = self._rows.tag(names, state)
+            names = rows.known(found)
+            etag = rows.tag(names, state)
             if request.headers.get("if-none-match") == etag:
                 return BoundedResponse(status_code=304, headers={"etag": etag})
-            members = {"now": time.time(), **state, **self._rows.members(names, query.get("since", ""))}
-            data, headers = gzipped(request, encode(members))
-            return BoundedResponse(
-                data, headers={"etag": etag, **headers}, media_type="application/json", unread=self._unread
-            )
+            members = {"now": time.time(), **state, **rows.members(names, query.get("since", ""))}
+            return self._answer(request, members, etag=etag)
 
         return await anyio.to_thread.run_sync(answer, limiter=self._limiter)
+
+    def _take(self, entries: Sequence[RunEntry], wanted: Sequence[str]) -> tuple[TableRows, dict[str, object]]:
+        """Encode the rows; of many values only some, and the second result names what the table has in addition."""
+        metrics: frozenset[str] | None = None
+        left_out: dict[str, object] = {}
+        if sum(len(entry.metrics) for entry in entries) > MAX_VALUES:
+            monitored = {entry.monitored for entry in entries if entry.monitored is not None}
+            metrics = frozenset([*sorted(monitored)[:_MOST_WANTED], *wanted[:_MOST_WANTED]])
+            left_out["metric_names"] = Columns(entries).metrics
+        most_config = MAX_VALUES // max(1, len(entries))
+        if (longest := max((len(entry.config) for entry in entries), default=0)) > most_config:
+            left_out["left_out"] = longest - most_config
+        rows = self._rows.setdefault(metrics, TableRows(metrics))
+        self._rows.move_to_end(metrics)
+        if len(self._rows) > _MOST_KEPT:
+            self._rows.popitem(last=False)
+        rows.take(entries, most_config)
+        return rows, left_out
+
+    async def list(self, request: Request, *, commands: bool) -> Response:
+        """Return the list of runs in a few words each."""
+        members: dict[str, object] = {"runs": await self._runs.summaries(commands)}
+        return await anyio.to_thread.run_sync(lambda: self._answer(request, members), limiter=self._limiter)
+
+    def _answer(self, request: Request, members: dict[str, object], **headers: str) -> Response:
+        data, more = gzipped(request, encode(members))
+        return BoundedResponse(data, headers=headers | more, media_type="application/json", unread=self._unread)
 
     async def note(self, hub: Hub, body: bytes) -> Response:
         """Change the notes about a run; return all of them. Raises `Refused`."""
@@ -129,7 +191,7 @@ class TableEndpoint:
             raise Refused(409, "the folder of this run is not here; note it on the machine that has it")
         try:
             change = msgspec.json.decode(body, type=NotesChange)
-            notes = await anyio.to_thread.run_sync(write_notes, run_dir, change, limiter=self._limiter)
+            notes = await anyio.to_thread.run_sync(write_notes, run_dir, change, limiter=self._writes)
             return JsonResponse(msgspec.structs.asdict(notes))
         except (msgspec.DecodeError, ArgumentsError, RecursionError) as error:
             raise Refused(400, str(error)) from None

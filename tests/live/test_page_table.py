@@ -19,6 +19,7 @@ from playwright.sync_api import Locator, Page, expect
 from events.messages import ObserverFailed, ValEpochEnded
 from events.table.notes import NOTES_NAME, Notes, read_notes
 from events.wire import encode_json_lines
+from sinks.live import table as table_module
 from sinks.live.runs import RunsOfFolder
 from sinks.live.server import Server
 
@@ -255,14 +256,23 @@ def test_a_name_tags_a_note_and_a_colour_are_kept_in_the_folder_of_the_run(
     expect(page.locator("#run-name")).to_have_text("other")
     expect(page).to_have_title(re.compile("· other . stagecast$"))
     expect(page.locator("#runs-list a[aria-current]")).to_have_text("other")
+    page.locator("#runs-list li", has_text="run-04").get_by_role("checkbox").check()
+    for part in ("#compared", "#validation-table"):
+        expect(page.locator(part).first).to_contain_text("other")
     readers = Table(visit, serve(RunsOfFolder(folder)))
     readers.root.get_by_role("button", name="Options of other").click()
     expect(readers.page.get_by_role("dialog").get_by_role("button", name="Hide")).to_be_visible()
     expect(readers.page.get_by_role("dialog").get_by_role("textbox")).to_have_count(0)
 
 
-def test_any_column_is_found_by_a_search_and_moved(folder: Path, serve: Serve, visit: Visits) -> None:
-    """Values of metrics, hyperparameters and what every run has; their order is in the link."""
+def test_any_column_is_found_by_a_search_and_moved(
+    folder: Path, serve: Serve, visit: Visits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values of metrics, hyperparameters and what every run has; their order is in the link.
+
+    A table with too many values gets those of a metric when it is shown.
+    """
+    monkeypatch.setattr(table_module, "MAX_VALUES", 60)
     table = Table(visit, serve(RunsOfFolder(folder)))
     page = table.page
     table.root.get_by_role("button", name="Columns").click()

@@ -53,10 +53,11 @@ const isMissing = (value) => value === null || value === undefined || value === 
 
 /** The columns of some rows, by their ids: those of `stagecast runs`. */
 export class Columns {
-  constructor(rows) {
+  /** `names`: of metrics that the rows may lack, because there are too many. */
+  constructor(rows, names = []) {
     this.rows = rows;
     this.config = union(rows, (row) => row.config);
-    this.metrics = union(rows, (row) => row.metrics);
+    this.metrics = new Set([...union(rows, (row) => row.metrics), ...names]);
   }
 
   #made = new Map();
@@ -89,7 +90,7 @@ export class Columns {
     }
     if (!Object.hasOwn(OF_METRIC, kind) || !this.metrics.has(name)) return null;
     const [word, index] = OF_METRIC[kind];
-    const isLeastBest = this.rows.find((row) => Object.hasOwn(row.metrics, name)).metrics[name][4];
+    const isLeastBest = this.rows.find((row) => Object.hasOwn(row.metrics, name))?.metrics[name][4] ?? true;
     const of = (row) => (Object.hasOwn(row.metrics, name) ? numeric(row.metrics[name][index]) : undefined);
     const { show } = index === 2 ? { show: count } : unitOf(name);
     return { id, head: `${word} ${name}`, of, show: (value) => show(value), isNumber: true, isMetric: index < 2, isLeastBest, isDown: !isLeastBest };
@@ -163,6 +164,12 @@ function compare(a, b, isDown) {
   else if (typeof x !== typeof y) return typeof x === "number" ? -1 : 1;
   else order = collator.compare(x, y);
   return isDown ? -order : order;
+}
+
+/** The metrics whose values some columns show. */
+export function metricsOf(ids) {
+  const names = ids.map((id) => /^-?(?:last|best|best_step)\.(.+)$/.exec(id)?.[1]);
+  return [...new Set(names.filter(Boolean))];
 }
 
 /** Sort things by ids of columns, where `-ID` puts the greatest first. `valueOf(thing, column)`. */

@@ -262,7 +262,7 @@ class App {
   compare(runId, isChosen) {
     this.chosen = isChosen ? [...this.chosen, runId] : this.chosen.filter((one) => one !== runId);
     history.pushState(null, "", this.fragment());
-    announce(isChosen ? `${runId} is in the charts` : `${runId} is not in the charts any more`);
+    announce(`${labelOf(runId)} is ${isChosen ? "in the charts" : "not in the charts any more"}`);
     this.follow();
   }
 
@@ -375,7 +375,7 @@ class App {
       else if (connection.state !== "token")
         this.wait(
           "Connecting…",
-          connection.problem ? `${connection.problem}. The page keeps retrying.` : `Waiting for ${store.runId}.`,
+          connection.problem ? `${connection.problem}. The page keeps retrying.` : `Waiting for ${labelOf(store.runId)}.`,
         );
       return;
     }
@@ -443,7 +443,6 @@ class App {
       writeHead(store);
       return;
     }
-    document.title = `${isStale ? "⚠ " : ""}${word}, step ${count(run.global_step ?? 0)} · ${store.runId} – ${NAME}`;
     document.title = `${isStale ? "⚠ " : ""}${word}, step ${count(run.global_step ?? 0)} · ${label} – ${NAME}`;
     this.writeBanner(isStale, store, connection);
     const told = `${state}${word}${isStale}`;
@@ -463,7 +462,7 @@ class App {
     }
     if (!isStale) return;
     if (this.isMissing(runId)) {
-      setText(byId("banner-text"), `The run ${runId} does not exist any more: this data is old`);
+      setText(byId("banner-text"), `The run ${labelOf(runId)} does not exist any more: this data is old`);
       setText(byId("banner-detail"), `Its folder was removed or renamed on the server; ${this.runsInWords()}.`);
       byId("retry").hidden = true;
       return;

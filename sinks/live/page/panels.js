@@ -3,6 +3,7 @@
 import { toast } from "./controls.js";
 import { el, reconcile, setText, svg, table } from "./dom.js";
 import { bytes, count, duration, isTime, moment, NONE, number, timeOfDay } from "./format.js";
+import { labelOf } from "./names.js";
 
 const FIRST_CHECKPOINTS = 12;
 const MOST_RANKS = 32;
@@ -123,7 +124,7 @@ export function fillProblems(app) {
   const failureOf = (store) =>
     store.run.status === "running" ? null : store.log.findLast((entry) => entry.kind === "RunEnded" && entry.detail);
   const keyOf = ({ store }) =>
-    JSON.stringify([store.runId, app.isComparing(), store.run.problems, failureOf(store)?.seq ?? null]);
+    JSON.stringify([labelOf(store.runId), app.isComparing(), store.run.problems, failureOf(store)?.seq ?? null]);
   const byKey = new Map(runs.map((one) => [keyOf(one), one.store]));
   byId("problems-section").hidden = !runs.length;
   reconcile(byId("problems"), unhealthy, [...byKey.keys()], (key) => {
@@ -132,9 +133,9 @@ export function fillProblems(app) {
     return el(
       "div",
       {},
-      app.isComparing() ? el("h3", { text: store.runId }) : null,
+      app.isComparing() ? el("h3", { text: labelOf(store.runId) }) : null,
       el("ul", {}, ...store.run.problems.map((text) => el("li", { text }))),
-      failure ? traceback(failure.detail, `Traceback of ${store.runId}`) : null,
+      failure ? traceback(failure.detail, `Traceback of ${labelOf(store.runId)}`) : null,
     );
   });
 }

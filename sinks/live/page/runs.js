@@ -10,6 +10,9 @@ function byId(id) {
   return document.getElementById(id);
 }
 
+/** Maximum runs in the list, besides the chosen ones: the newest. */
+const MOST_SHOWN = 200;
+
 export class RunList {
   /** `on` has `choose(runId)` and `compare(runId, isChosen)`. */
   constructor(on) {
@@ -25,9 +28,12 @@ export class RunList {
     this.filter.hidden = runs.length < 8;
     const { matches, problem } = matcher(this.filter.value);
     const found = runs.filter((run) => matches(run.run_id) || matches(labelOf(run.run_id)) || matches(run.module ?? ""));
-    const shown = runs.filter((run) => chosen.includes(run.run_id) || found.includes(run));
+    const wanted = new Set([...chosen, ...found.slice(0, MOST_SHOWN).map((run) => run.run_id)]);
+    const shown = runs.filter((run) => wanted.has(run.run_id));
     const none = found.length ? null : `No run matches “${this.filter.value.trim()}”.`;
-    const said = this.filter.hidden ? "" : [problem, runs.length ? none : null].filter(Boolean).join(" ");
+    const left = found.length - MOST_SHOWN;
+    const more = left > 0 ? `${count(left)} more are in the table.` : null;
+    const said = this.filter.hidden ? "" : [problem, runs.length ? none : null, more].filter(Boolean).join(" ");
     byId("runs-none").hidden = !said;
     setText(byId("runs-none"), said);
     setAttribute(this.filter, "aria-invalid", problem ? "true" : null);

@@ -5,6 +5,7 @@ import { el, reconcile, setAttribute, setText, table } from "./dom.js";
 import { count, lowerIsBetter, number, unitOf } from "./format.js";
 import { ledgerCurves, ledgerTable } from "./ledger.js";
 import { matcher } from "./match.js";
+import { labelOf } from "./names.js";
 import { MOST_SERIES } from "./store.js";
 import { colours, DASHES, LAYERS } from "./theme.js";
 
@@ -238,7 +239,7 @@ export class Sections {
     const leftOut = this.app
       .shownRuns()
       .filter(({ store }) => store.leftOut)
-      .map(({ store }) => `${store.runId} has more than ${count(MOST_SERIES)} metrics: charts lack ${count(store.leftOut)} values of the others.`);
+      .map(({ store }) => `${labelOf(store.runId)} has more than ${count(MOST_SERIES)} metrics: charts lack ${count(store.leftOut)} values of the others.`);
     this.parts["metrics-left-out"].hidden = !leftOut.length;
     setText(this.parts["metrics-left-out"], leftOut.join(" "));
     this.parts["metrics-filter"].hidden = names.length < SEARCH_FROM && !wanted;
@@ -394,7 +395,7 @@ export class Sections {
         rows.push([
           metric,
           key,
-          ...(isComparing ? [store.runId] : []),
+          ...(isComparing ? [labelOf(store.runId)] : []),
           number(series.last),
           count(series.lastStep),
           mark(series.lowest, isLow === true),

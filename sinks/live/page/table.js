@@ -17,8 +17,8 @@ const SAMPLE = 200;
 /**
  * The table. Properties:
  *
- * `rows`: of `GET /api/table`; `now`: Unix seconds; `choices`: a `TableState`, which the table changes;
- * `total`: how many runs there are, filtered or not; `problem`: why the filter cannot be read, or the rows are old;
+ * `rows`: of `GET /api/table`; `names`: of metrics that the rows may lack, or nothing; `now`: Unix seconds; `choices`: a `TableState`, which the table changes;
+ * `total`: how many runs there are, filtered or not; `problem`: why the filter cannot be read; `hint`: why rows are missing or old;
  * `on`: `{change(), hrefOf(name), compare(names), note(name, change) -> promise}`; without `note` nothing can be noted.
  */
 export class RunTable extends Component {
@@ -32,15 +32,19 @@ export class RunTable extends Component {
     this.setState({});
   }
 
-  render({ rows, now, choices, total, problem, on }, { choosesColumns, edited, ticked }) {
-    const columns = new Columns(rows);
+  render({ rows, names, now, choices, total, problem, hint, on }, { choosesColumns, edited, ticked }) {
+    if (this.columns?.rows !== rows || this.names !== names) {
+      this.columns = new Columns(rows, names);
+      this.names = names;
+    }
+    const { columns } = this;
     const ids = (choices.columns ?? columns.usual).filter((id) => columns.column(id));
     const hidden = rows.filter((row) => choices.hidden.has(row.name)).length;
     const visible = choices.showsHidden ? rows : rows.filter((row) => !choices.hidden.has(row.name));
     const row = rows.find((one) => one.name === edited);
     return html`<div class="run-table" ref=${this.#take}>
       ${this.#toolbar(columns, visible.length, hidden)}
-      <p class="hint" id="table-problem" role="status">${problem ?? ""}</p>
+      <p class="hint" id="table-problem" role="status">${problem ?? hint ?? ""}</p>
       ${this.#actions(rows.map((one) => one.name).filter((name) => ticked.has(name)))}
       ${choosesColumns &&
       html`<${Chooser}

@@ -1,7 +1,9 @@
 /** The run table on the page: polls its rows, and changes what people note about runs. */
 
+import { metricsOf } from "./columns.js";
 import { addressOf, get, report, TokenWanted } from "./connection.js";
 import { announce } from "./dom.js";
+import { count } from "./format.js";
 import { matcher } from "./match.js";
 import { learnNames } from "./names.js";
 import { RunTable } from "./table.js";
@@ -36,7 +38,11 @@ export class TablePage {
   #takesNotes = false;
   #isBehind = false;
   #took = 0;
-  #problem = null;
+  #metricNames = undefined; // of a table that has too many to be sent
+  #metrics = []; // those of the last answer
+  #leftOut = 0;
+  #lost = null; // why no answer arrives
+  #refusal = null; // why the filter cannot be read
   #timer = null;
   #typing = null;
   #abort = null;
@@ -76,11 +82,11 @@ export class TablePage {
     const began = performance.now();
     try {
       await this.#ask(this.choices.where.trim(), abort.signal);
-      this.#problem = this.#refusal;
+      this.#lost = null;
     } catch (error) {
       if (abort.signal.aborted) return;
       if (error instanceof TokenWanted) this.app.askToken();
-      else this.#problem = `${error.message}; the page keeps retrying.`;
+      else this.#lost = `${error.message}; the page keeps retrying.`;
     }
     if (abort.signal.aborted || !this.choices.isOpen) return;
     this.draw();
@@ -91,12 +97,12 @@ export class TablePage {
     this.#timer = setTimeout(() => this.look(), document.hidden ? 10 * wait + POLL_MS : wait);
   }
 
-  #refusal = null;
-
   async #ask(where, signal) {
-    const isSame = where === this.#where && this.rows !== null;
+    const metrics = this.#metricNames ? this.#shownMetrics() : [];
+    const isSame = where === this.#where && this.rows !== null && String(metrics) === String(this.#metrics);
     const query = new URLSearchParams();
     if (where) query.set("filter", where);
+    for (const name of metrics) query.append("metric", name);
     if (isSame) query.set("since", this.#cursor);
     const headers = isSame && this.#etag ? { "If-None-Match": this.#etag } : {};
     const response = await get(`api/table?${query}`, { headers, signal, any: true });
@@ -114,14 +120,19 @@ export class TablePage {
     this.#clock = { now: answer.now, at: performance.now() };
     this.#takesNotes = answer.notes;
     this.#isBehind = answer.is_behind;
+    this.#leftOut = answer.left_out ?? 0;
+    if (String(answer.metric_names) !== String(this.#metricNames)) this.#metricNames = answer.metric_names;
     this.total = answer.total;
     const known = new Map(isSame ? this.rows.map((row) => [row.name, row]) : []);
     for (const row of answer.rows) known.set(row.name, row);
     const names = answer.names ?? answer.rows.map((row) => row.name);
     if (names.every((name) => known.has(name))) {
       this.#where = where;
+      this.#metrics = metrics;
       this.rows = names.map((name) => known.get(name));
       this.learn();
+      if (this.#hasMetrics()) return;
+      await this.#ask(where, signal);
       return;
     }
     this.#where = null; // a run fulfils the filter although it has not changed: such as one that waits
@@ -149,6 +160,14 @@ export class TablePage {
     announce(`Saved what is noted about ${answer.name || name}`);
   }
 
+  #shownMetrics() {
+    return metricsOf([...(this.choices.columns ?? []), ...(this.choices.sort ?? [])]);
+  }
+
+  #hasMetrics() {
+    return !this.#metricNames || this.#shownMetrics().every((name) => this.#metrics.includes(name));
+  }
+
   /** The reader has changed a choice. */
   #changed() {
     history.replaceState(null, "", this.app.fragment());
@@ -156,17 +175,23 @@ export class TablePage {
       this.draw();
       return;
     }
-    if (this.choices.where.trim() === this.#where && !this.#refusal) return;
+    if (this.choices.where.trim() === this.#where && !this.#refusal && this.#hasMetrics()) return;
     clearTimeout(this.#typing);
     this.#typing = setTimeout(() => this.choices.isOpen && this.look(), TYPING_MS);
+  }
+
+  #hint() {
+    if (this.#isBehind) return "The server is still reading runs, so some are missing.";
+    return this.#leftOut ? `The last ${count(this.#leftOut)} hyperparameters of a run are left out: there are too many.` : null;
   }
 
   draw() {
     if (!this.choices.isOpen) return;
     let { rows } = this;
-    let problem = this.#problem ?? (this.#isBehind ? "The server is still reading runs, so some are missing." : null);
+    let problem = this.#refusal;
+    const hint = this.#lost ?? this.#hint();
     if (rows === null) {
-      render(html`<p class="hint" role="status">${problem ?? "Loading the table of runs."}</p>`, this.root);
+      render(html`<p class="hint" role="status">${hint ?? problem ?? "Loading the table of runs."}</p>`, this.root);
       return;
     }
     if (report && this.choices.where) {
@@ -183,7 +208,16 @@ export class TablePage {
     const { now, at } = this.#clock;
     const time = report ? Math.max(0, ...rows.map((row) => row.updated ?? 0)) : now + (performance.now() - at) / 1000;
     render(
-      html`<${RunTable} rows=${rows} now=${time} choices=${this.choices} total=${this.total} problem=${problem} on=${on} />`,
+      html`<${RunTable}
+        rows=${rows}
+        names=${this.#metricNames}
+        now=${time}
+        choices=${this.choices}
+        total=${this.total}
+        problem=${problem}
+        hint=${hint}
+        on=${on}
+      />`,
       this.root,
     );
   }
