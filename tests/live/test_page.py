@@ -226,7 +226,7 @@ def test_on_paper_all_charts_are_drawn(show: Show) -> None:
 def test_paper_has_complete_axes_and_all_runs(width: int, show: Show) -> None:
     """However wide the window is: on A4 each chart ends within its frame, in dark ink, and the runs are named."""
     runs = [a_run(f"run-{index}", seed=index, extra=["m"]) for index in range(3)]
-    options = {"viewport": {"width": width, "height": 800}, "color_scheme": "dark"}
+    options = {"viewport": {"width": width, "height": 2_000}, "color_scheme": "dark"}  # upright, as the paper
     page = show(*runs, fragment="#run=run-0&run=run-1&run=run-2", options=options)
     expect(page.locator("#training canvas").first).to_be_visible()
     page.emulate_media(media="print")

@@ -440,7 +440,7 @@ class App {
     const isSilent = connection.state !== "open" || connection.silence_s > STALE_S;
     const isStale = (this.isStale = store.isLoaded && (isMissing || isSilent));
     if (report?.table) {
-      writeHead(store);
+      writeHead(store, this.isComparing());
       return;
     }
     document.title = `${isStale ? "⚠ " : ""}${word}, step ${count(run.global_step ?? 0)} · ${label} – ${NAME}`;

@@ -71,16 +71,19 @@ export function showReport() {
   const hasNotes = report.notes || report.notices.length || report.table.some(({ notes }) => notes.note || notes.tags.length);
   byId("notes-section").hidden = !hasNotes;
   render(html`<${Notes} />`, byId("notes"));
+  // Results come first.
+  byId("notes-section").after(byId("compare-section"));
   byId("origins-section").hidden = false;
   render(html`<${Origins} />`, byId("origins"));
 }
 
 /** The head of the page: of a report of several runs it shows the title, and the state of none. */
-export function writeHead(store) {
+export function writeHead(store, isComparing) {
   setText(byId("run-name"), report.title);
   byId("run-name").title = report.title;
   const isOne = report.runs.length === 1;
   byId("status").hidden = byId("place").hidden = !isOne;
   setText(byId("run-others"), isOne && store.runId !== report.title ? store.runId : "");
+  document.documentElement.classList.toggle("several", isComparing);
   document.title = `${report.title} – stagecast`;
 }
