@@ -15,7 +15,7 @@ from events.table.entry import MetricSummary, RunEntry, as_json
 Value = str | int | float | bool | tuple[str, ...] | None
 
 FIXED: dict[str, Callable[[RunEntry], Value]] = {
-    "name": lambda one: one.notes.name or one.name,
+    "name": lambda one: one.label,
     "id": lambda one: one.name,
     "status": lambda one: "paused" if one.run.paused and one.run.status == "running" else one.run.status,
     "health": lambda one: tuple(one.health),
@@ -148,6 +148,7 @@ def page_row(entry: RunEntry, metrics: Container[str] | None = None, most_config
     found: dict[str, Any] = {name: FIXED[name](entry) for name in _ON_PAGE}
     return found | {
         "name": entry.name,
+        "label": entry.label,
         "health": list(entry.health),
         "problems": list(run.problems),
         "duration_s": entry.duration_s(run.updated),

@@ -99,7 +99,7 @@ def condition(text: str, columns: Columns, search: Callable[[str], Search] = sea
 
 def _named(text: str, search: Callable[[str], Search]) -> Condition:
     is_in = _pattern(text, search)
-    return lambda entry: any(is_in(name) for name in {entry.name, entry.notes.name} if name)
+    return lambda entry: any(is_in(name) for name in {entry.name, entry.label})
 
 
 def _pattern(text: str, search: Callable[[str], Search]) -> Search:

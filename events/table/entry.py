@@ -40,6 +40,8 @@ _STALE_EPOCHS = 3
 _IDLE = 0.3
 """Share of an interval without work of the device that `health` reports."""
 _MAX_HEALTH = 20
+_GENERATED = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""A ``run_id`` that the trainer has chosen, or torchrun."""
 _LEAST_WORDS = frozenset({"loss", "nll", "error", "perplexity", "ppl", "wer", "cer", "mae", "mse", "rmse", "fid", "s"})
 
 Scalar = str | int | float | bool | None
@@ -114,6 +116,12 @@ class RunEntry(msgspec.Struct):
     folder: str = ""
     """Its folder, relative to that of the table, with slashes; "." for the folder of the table itself."""
     notes: Notes = Notes()
+
+    @property
+    def label(self) -> str:
+        """The name that people see: that of the notes, otherwise the folder of a run that nobody named."""
+        is_named = self.folder in ("", ".") or _GENERATED.fullmatch(self.name) is None
+        return self.notes.name or (self.name if is_named or self.folder.endswith(self.name) else self.folder)
 
     @property
     def progress(self) -> float | None:

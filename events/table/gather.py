@@ -42,6 +42,8 @@ def gather_runs(folders: Sequence[str | os.PathLike[str]]) -> list[FoundRun]:
             raise RunFolderError(f"{folder} has no runs; name a run folder, or a folder of run folders")
         for entry in entries:
             path, run_id = table.found[entry.name]
+            if entry.folder == ".":
+                entry.folder = path.resolve().name
             if found.setdefault(path.resolve(), FoundRun(path, entry)).entry is entry:
                 own[path] = run_id
     runs = list(found.values())

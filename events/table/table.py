@@ -119,17 +119,16 @@ class RunTable:
             entry, notes = known[path].entry, _notes_of(known[path], path)
             health = entry.health if notes is not None else [*entry.health, NOTES_INVALID]
             notes = notes or Notes()
-            summary.label, summary.colour = notes.name, notes.colour
-            entries.append(
-                msgspec.structs.replace(
-                    entry,
-                    run=summary,
-                    name=summary.run_id,
-                    folder=below(path, self.folder),
-                    health=health,
-                    notes=notes,
-                )
+            made = msgspec.structs.replace(
+                entry,
+                run=summary,
+                name=summary.run_id,
+                folder=below(path, self.folder),
+                health=health,
+                notes=notes,
             )
+            summary.label, summary.colour = made.label if made.label != made.name else "", notes.colour
+            entries.append(made)
         return sorted(entries, key=lambda entry: entry.run.started, reverse=True)
 
     def _look_at(self, path: Path, per_run_s: float) -> _Run | None:

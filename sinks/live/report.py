@@ -87,7 +87,7 @@ def write_report(
     if len(runs) == MOST_RUNS < len(found):
         notices.append(f"the curves are those of {MOST_RUNS:,} of {len(found):,} runs; the table has all")
     data = {
-        "title": title or (first.notes.name or first.name if len(found) == 1 else f"{len(found):,} runs"),
+        "title": title or (first.label if len(found) == 1 else f"{len(found):,} runs"),
         "notes": notes,
         "notices": notices,
         "table": [page_row(one.entry) for one in found],

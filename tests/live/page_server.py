@@ -287,6 +287,7 @@ class FakeRun:
         metrics = {name: [one["last"], one["last"], 1, 0, True] for name, one in self.series.items()}
         run = {"name": self.run["run_id"], "status": self.run["status"], "updated": self.run["updated"]}
         noted = {"name": self.run.get("label", ""), "tags": [], "note": "", "colour": self.run.get("colour", "")}
+        run["label"] = noted["name"] or run["name"]
         return run | {"monitored": "val_loss", "notes": noted, "config": {"lr": 3e-4}, "metrics": metrics}
 
     def tell(self, frame: dict[str, Any]) -> None:

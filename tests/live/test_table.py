@@ -68,6 +68,7 @@ def test_a_row_has_all_of_a_run_as_plain_data(tmp_path: Path, serve: Serve) -> N
     expected = {
         "name": "demo",
         "folder": "deep/er/demo",
+        "label": "first",
         "status": "running",
         "health": ["broken NaN since step 1"],
         "step": 2,
@@ -168,7 +169,7 @@ def test_the_row_of_a_sinks_run_is_that_of_its_journal(tmp_path: Path, serve: Se
     mine, other = page_row(entry_of(hub.view)), page_row(by_journal)
     for one in (mine, other):
         assert sorted(one.pop("health")) == ["broken NaN since step 6", "train_loss NaN since step 5"]
-    assert mine | {"name": "", "folder": ""} == other
+    assert mine | {"name": "", "label": "", "folder": ""} == other
     assert mine["metrics"]["train_loss"] == ["inf", 0.25, 4, 1, True]
     (row,) = table(serve(hub_of(story, steps=3))).json()["rows"]
     assert (row["name"], row["step"], row["notes"]["name"]) == ("demo", 3, "")

@@ -110,7 +110,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) ->
 
 
 def _name(entry: RunEntry) -> str:
-    return _escaped(entry.notes.name or entry.name)
+    return _escaped(entry.label)
 
 
 def _escaped(text: str) -> str:

@@ -71,9 +71,8 @@ def _names(text: str) -> list[str]:
 
 def _usual(entries: Sequence[RunEntry], known: Columns) -> list[Column]:
     """Return the columns that are shown unless others are asked for, the most telling first."""
-    is_named = all(one.folder.rpartition("/")[2] in (one.name, ".") for one in entries)
     is_over = all(one.run.status == "finished" for one in entries)
-    names = ["name", *([] if is_named else ["folder"]), "status", *([] if is_over else ["progress", "left_s"])]
+    names = ["name", "status", *([] if is_over else ["progress", "left_s"])]
     monitored = list(dict.fromkeys(one.monitored for one in entries if one.monitored is not None))
     names += [f"{kind}.{name}" for name in monitored[:2] for kind in ("best", "last")]
     names += [f"config.{name}" for name in known.differing(entries)[:_MOST_DIFFERING]]

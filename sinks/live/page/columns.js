@@ -9,7 +9,7 @@ const LATEST = { show: (value, now) => ago(value, now), title: moment, isNumber:
 
 /** Columns that every run has. `isDown`: the first click on its head puts the greatest first. */
 const FIXED = {
-  name: { head: "Name", of: (row) => row.notes.name || row.name },
+  name: { head: "Name", of: (row) => row.label },
   status: { head: "State", of: (row) => row.status },
   health: { head: "Health", of: (row) => row.health.join("; ") },
   progress: { head: "Progress", of: (row) => row.progress, show: percent, isNumber: true, isDown: true },

@@ -13,8 +13,8 @@ function byId(id) {
 }
 
 /** The name that people gave a run, beside the one by which the report identifies it. */
-function nameOf({ name, notes }) {
-  return notes.name && notes.name !== name ? html`${notes.name} <span class="hint">${name}</span>` : name;
+function nameOf({ name, label }) {
+  return label !== name ? html`${label} <span class="hint">${name}</span>` : name;
 }
 
 /** Notes on the report and on its runs: plain text, whatever it looks like. */

@@ -309,7 +309,7 @@ function itemsOf(rows, columns, choices, sort, now) {
 function widths(rows, shown, now) {
   const sample = rows.filter((_, at) => at % Math.ceil(rows.length / SAMPLE) === 0);
   const longest = (texts) => texts.reduce((most, one) => Math.max(most, one.length), 0);
-  const names = longest(sample.map((row) => row.notes.name || row.name));
+  const names = longest(sample.map((row) => row.label));
   const others = shown.map((one) => {
     if (one.id === "progress") return "17ch";
     if (one.id === "status") return "14ch";
@@ -333,7 +333,7 @@ function moveFocus(event) {
 }
 
 function Row({ row, index, shown, best, now, href, isTicked, isPinned, isInGroup, onTick, onEdit }) {
-  const name = row.notes.name || row.name;
+  const name = row.label;
   return html`<tr
     data-run=${row.name}
     aria-rowindex=${index}

@@ -125,8 +125,8 @@ export class RowDialog extends Component {
       this.setState({ removed: next });
     };
     return html`<dialog class="run-dialog" ref=${(dialog) => (this.dialog = dialog)} aria-labelledby="run-dialog-title" onClose=${onClose}>
-      <h2 id="run-dialog-title">${notes.name || row.name}</h2>
-      ${notes.name && html`<p class="hint">${row.name}</p>`}
+      <h2 id="run-dialog-title">${row.label}</h2>
+      ${row.label !== row.name && html`<p class="hint">${row.name}</p>`}
       <div class="row">
         <a href=${href} class="button">Open</a>
         <button type="button" onClick=${() => this.#act("pinned")}>${isPinned ? "Unpin" : "Pin to the top"}</button>
@@ -136,7 +136,7 @@ export class RowDialog extends Component {
       ${!onNote && notes.note && html`<p class="note">${notes.note}</p>`}
       ${onNote &&
       html`<form onSubmit=${this.#save}>
-        <label class="field">Name <input type="text" name="name" maxlength="300" defaultValue=${notes.name} placeholder=${row.name} autocomplete="off" /></label>
+        <label class="field">Name <input type="text" name="name" maxlength="300" defaultValue=${notes.name} placeholder=${row.label} autocomplete="off" /></label>
         ${notes.tags.length > 0 &&
         html`<div class="tags" role="group" aria-label="Tags">
           ${notes.tags.map(

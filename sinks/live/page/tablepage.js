@@ -144,7 +144,7 @@ export class TablePage {
   }
 
   #named() {
-    return (this.rows ?? []).map(({ name, notes }) => ({ run_id: name, label: notes.name, colour: notes.colour }));
+    return (this.rows ?? []).map(({ name, label, notes }) => ({ run_id: name, label, colour: notes.colour }));
   }
 
   /** Change what people noted about a run. Throws an `Error` with the reason of a refusal. */
@@ -154,7 +154,7 @@ export class TablePage {
     const response = await get(addressOf(name, "/notes"), { method: "POST", body, headers, any: true });
     const answer = await response.json().catch(() => ({}));
     if (!response.ok) throw new Error(answer.error ?? `the server answered ${response.status}`);
-    this.rows = this.rows.map((row) => (row.name === name ? { ...row, notes: answer } : row));
+    this.rows = this.rows.map((row) => (row.name === name ? { ...row, notes: answer, label: answer.name || row.name } : row));
     this.learn();
     this.draw();
     announce(`Saved what is noted about ${answer.name || name}`);
@@ -196,7 +196,7 @@ export class TablePage {
     }
     if (report && this.choices.where) {
       const found = matcher(this.choices.where);
-      rows = rows.filter((row) => found.matches(row.name) || found.matches(row.notes.name));
+      rows = rows.filter((row) => found.matches(row.name) || found.matches(row.label));
       problem = found.problem;
     }
     const on = {
