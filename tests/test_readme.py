@@ -154,7 +154,7 @@ def test_the_changelog_has_each_section_and_each_entry_once() -> None:
     assert re.findall(r"^### (\w+)$", text, flags=re.MULTILINE) == ["Added", "Changed", "Fixed", "Security"]
     entries = re.findall(r"^- (.{40})", text, flags=re.MULTILINE)
     assert sorted(set(entries)) == sorted(entries)
-    assert len(text.splitlines()) <= 260  # entries are short, and for users
+    assert len(text.splitlines()) <= 280  # entries are short, and for users
 
 
 def test_both_commands_name_the_torch_version_in_the_same_call() -> None:

@@ -51,7 +51,7 @@ ARGUMENTS_NAME = "arguments.json"
 CONFIG_NAME = "config.json"
 
 # What a second holder meets: EWOULDBLOCK from flock, EACCES or EDEADLOCK from Windows.
-_HELD = {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK}
+HELD = {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _QUIET_S = 120.0
 """Seconds without an event after which another user's run counts as over: a run reports its observers more often."""
@@ -240,9 +240,9 @@ def is_held(path: str | os.PathLike[str]) -> bool:
     except OSError as error:
         return error.errno in _NOT_OURS and _is_written(Path(path))
     try:
-        _lock_descriptor(fd)
+        lock_descriptor(fd)
     except OSError as error:
-        return error.errno in _HELD
+        return error.errno in HELD
     finally:
         os.close(fd)
     return False
@@ -314,7 +314,7 @@ def _lock(folder: Path, undo: contextlib.ExitStack) -> int:
             _lock_patiently(fd)
         except OSError as error:
             try:
-                if error.errno in _HELD:
+                if error.errno in HELD:
                     raise _held(path, fd) from None
                 if created:
                     _remove(os.unlink, path)  # where nobody can lock, nobody holds it
@@ -338,14 +338,15 @@ def _lock_patiently(fd: int) -> None:
     deadline = time.monotonic() + _LOOKED_AT_S
     while True:
         try:
-            return _lock_descriptor(fd)
+            return lock_descriptor(fd)
         except OSError as error:
-            if error.errno not in _HELD or time.monotonic() > deadline:
+            if error.errno not in HELD or time.monotonic() > deadline:
                 raise
         time.sleep(0.002)
 
 
-def _lock_descriptor(fd: int) -> None:
+def lock_descriptor(fd: int) -> None:
+    """Lock an open file exclusively, or raise `OSError` with an errno of `HELD` if it is locked."""
     if sys.platform == "win32":
         # Windows forbids others to read what is locked, so lock a byte far behind the text.
         os.lseek(fd, 2**30, os.SEEK_SET)

@@ -8,16 +8,19 @@ import msgspec
 
 from events.bounds import AttemptNumber, BoundDict, BoundList, BoundName, BoundText, Int64, NonFinite, UnixTime
 
+RunStatus = Literal[
+    "unknown", "queued", "running", "finished", "stopped", "cancelled", "failed", "lost", "silent", "damaged"
+]
+"""``queued``: a service will run it (`events.run.job`). ``lost``: its process has died. ``silent``: it is pushed from
+elsewhere, and nothing arrives; it may be running."""
+
 
 class Summary(msgspec.Struct, omit_defaults=False):
     """A run in a few words, as servers send it and views are stored: see `sinks.live.app`."""
 
     run_id: BoundName = ""
     attempt: AttemptNumber = 0
-    status: Literal["unknown", "running", "finished", "stopped", "cancelled", "failed", "lost", "silent", "damaged"] = (
-        "unknown"
-    )
-    """``lost``: its process has died. ``silent``: pushed from elsewhere, and nothing arrives; it may be running."""
+    status: RunStatus = "unknown"
     reason: BoundText | None = None
     module: BoundName = ""
     device: BoundName = ""

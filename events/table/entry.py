@@ -23,6 +23,7 @@ from events.metrics import hyperparameters, metrics_of
 from events.run.copy import is_pushed
 from events.run.damage import add_damage, damage_in, damage_of
 from events.run.folder import is_held
+from events.run.job import read_job, settle_job
 from events.run.state import RunState
 from events.run.summary import Summary
 from events.run.trim import trimmed
@@ -190,6 +191,7 @@ class EntryReader:
         run = entry.run
         add_damage(run, damage_of(self._run_dir) or damage_in(self._reader))
         run.settle(is_held=held, is_pushed=is_pushed(self._run_dir))
+        settle_job(run, read_job(self._run_dir))
         entry.left_s = self._state.run_left_s if run.status == "running" and not self.is_behind else None
         entry.health = health_of(run, self._metrics, self._state.health)
         return entry

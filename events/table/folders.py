@@ -11,6 +11,7 @@ import msgspec
 from events.bounds import MAX_NAME_CHARS
 from events.journal.segment import JOURNAL_DIR
 from events.run.damage import add_damage
+from events.run.job import JOB_NAME
 from events.run.summary import Summary
 from events.safe_files import list_below
 from events.text import plain_text
@@ -23,11 +24,11 @@ _MOST_FOLDERS = 50_000
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """Return the newest folders with a journal, readable or not, and links, which `safe_files.guard` refuses.
+    """Return the newest folders with a journal or a job, readable or not, and links, which `safe_files.guard` refuses.
 
     Hidden folders and those in a run folder are not searched.
     """
-    if _has_journal(folder):
+    if _is_run(folder):
         return [folder]
     found: list[tuple[float, Path]] = []
     level = ["."]
@@ -53,7 +54,7 @@ def _look_into(folder: Path, name: str, found: list[tuple[float, Path]]) -> list
         path = folder / below
         try:
             is_folder = entry.is_dir(follow_symlinks=False)
-            if (is_folder and _has_journal(path)) or (name == "." and entry.is_symlink() and _leads_out(path)):
+            if (is_folder and _is_run(path)) or (name == "." and entry.is_symlink() and _leads_out(path)):
                 found.append((entry.stat(follow_symlinks=False).st_mtime, path))
             elif is_folder and not entry.name.startswith("."):
                 others.append(below)
@@ -62,12 +63,17 @@ def _look_into(folder: Path, name: str, found: list[tuple[float, Path]]) -> list
     return others
 
 
-def _has_journal(path: Path) -> bool:
-    try:
-        os.lstat(path / JOURNAL_DIR)
-    except OSError as error:
-        return not isinstance(error, FileNotFoundError)  # a folder that cannot be read is listed as damaged
-    return True
+def _is_run(path: Path) -> bool:
+    """Whether a folder has a journal, or was made for a run that is queued."""
+    for name in (JOURNAL_DIR, JOB_NAME):
+        try:
+            os.lstat(path / name)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            pass  # a folder that cannot be read is listed as damaged
+        return True
+    return False
 
 
 def _leads_out(link: Path) -> bool:

@@ -14,6 +14,7 @@ from events.journal.segment import JOURNAL_DIR, journal_head, segment_name, segm
 from events.msgpack_keys import check_keys
 from events.run.damage import add_damage, damage_of, reason_of
 from events.run.folder import is_held
+from events.run.job import JOB_NAME
 from events.run.summary import Summary
 from events.safe_files import guard, read_below, replace_below, stat_below
 from events.table.entry import EntryReader, RunEntry
@@ -182,13 +183,19 @@ def _notes_of(known: _Run, path: Path) -> Notes | None:
 
 
 def _stamp(run_dir: Path) -> tuple[int, ...]:
-    """Return a value that changes with the journal's newest segment and its folder."""
+    """Return a value that changes with the journal's newest segment, its folder and the run's job."""
     numbers = segment_numbers(run_dir / JOURNAL_DIR)
+    job: tuple[int, ...] = ()
+    with contextlib.suppress(FileNotFoundError):
+        found = stat_below(run_dir, JOB_NAME)
+        job = found.st_mtime_ns, found.st_ino
+    if job and not numbers:
+        return 0, 0, *job
     folder = stat_below(run_dir, JOURNAL_DIR)
     if not numbers:
         return (folder.st_ctime_ns,)
     newest = stat_below(run_dir, f"{JOURNAL_DIR}/{segment_name(numbers[-1])}")
-    return numbers[-1], newest.st_size, newest.st_mtime_ns, newest.st_ctime_ns, folder.st_ctime_ns
+    return numbers[-1], newest.st_size, newest.st_mtime_ns, newest.st_ctime_ns, folder.st_ctime_ns, *job
 
 
 def _stored_entry(run_dir: Path, stamp: tuple[int, ...]) -> RunEntry | None:

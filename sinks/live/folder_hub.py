@@ -16,6 +16,7 @@ from events.journal.segment import JOURNAL_DIR, journal_head, segment_numbers
 from events.run.copy import is_pushed
 from events.run.damage import damage_in, damage_of, reason_of
 from events.run.folder import is_held
+from events.run.job import read_job, settle_job
 from sinks.live.hub import BATCH, Hub
 from sinks.live.stored import PAUSE_S, batches, encode_view, read_view, store_view
 from sinks.live.turns import READING
@@ -146,13 +147,14 @@ class FolderHub(Hub):
     def _update_status(self, held: bool) -> None:
         """Set the status of a run that ended without `RunEnded`, or that runs again."""
         assert self.run_dir is not None
-        pushed = is_pushed(self.run_dir)
+        pushed, job = is_pushed(self.run_dir), read_job(self.run_dir)
         with self._lock:
             run = self.view.run
             before = run.status
             run.settle(is_held=held, is_pushed=pushed)
+            settle_job(run, job)
             if run.status != before and self._changes is not None:
-                self._changes.run["status"] = run.status
+                self._changes.run |= {"status": run.status, "reason": run.reason, "problems": run.problems}
 
     def _shown(self) -> dict[str, object]:
         shown = super()._shown()

@@ -155,7 +155,7 @@ def test_a_removed_lock_file_does_not_let_two_in(tmp_path: Path, monkeypatch: py
     """A lock on a file that lost its name before it was locked excludes nobody, so another is taken."""
     import events.run.folder as module
 
-    lock_descriptor = module._lock_descriptor
+    lock_descriptor = module.lock_descriptor
     removed = []
 
     def remove_first(fd: int) -> None:
@@ -164,7 +164,7 @@ def test_a_removed_lock_file_does_not_let_two_in(tmp_path: Path, monkeypatch: py
             os.unlink(tmp_path / "run.lock")
         lock_descriptor(fd)
 
-    monkeypatch.setattr(module, "_lock_descriptor", remove_first)
+    monkeypatch.setattr(module, "lock_descriptor", remove_first)
     with RunFolder.open(tmp_path, "run"), pytest.raises(RunFolderHeld):
         RunFolder.open(tmp_path, "run")
 
@@ -175,7 +175,7 @@ def test_a_file_system_that_cannot_lock_is_named(tmp_path: Path, monkeypatch: py
     def refuse(fd: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("events.run.folder._lock_descriptor", refuse)
+    monkeypatch.setattr("events.run.folder.lock_descriptor", refuse)
     with pytest.raises(RunFolderError, match=r"a/b cannot be used: .*choose another folder"):
         RunFolder.open(tmp_path / "a" / "b", "run")
     assert list(tmp_path.iterdir()) == []

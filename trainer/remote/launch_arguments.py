@@ -1,14 +1,18 @@
-"""The checks of the arguments of `launch`, before a process starts."""
+"""The checks of the arguments of `launch` and of factories, before a process starts."""
 
 from __future__ import annotations
 
+import inspect
 import os
+import pkgutil
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import msgspec
 
 from events.checkpoint.manifest import CheckpointName
+from events.strict import unknown_names
 from events.text import is_encodable
 from trainer.checkpoint.fetch import KEYWORDS
 
@@ -82,3 +86,37 @@ def _unplain(value: object, where: str) -> Iterable[str]:
             yield from _unplain(part, f"{where}[{number}]")
     elif type(value) not in _PLAIN:
         yield f"{where} is a {type(value).__name__}: give plain values, from which the factory builds what it needs"
+
+
+def argument_errors(factory: str, arguments: Mapping[str, Any], given: frozenset[str] = frozenset()) -> dict[str, str]:
+    """Check the arguments of a factory by its signature; imports its module. Returns a sentence by argument.
+
+    An annotation decides a value's type and bounds, as in ``epochs: Annotated[int, msgspec.Meta(ge=1)]``; values stay
+    plain. The empty name stands for the factory.
+
+    Args:
+        factory: ``package.module:function``.
+        given: Names of parameters that the caller adds.
+    """
+    try:
+        built: Any = pkgutil.resolve_name(factory)
+        signature = inspect.signature(built, eval_str=True)
+    except Exception as error:  # of a module that is not ours
+        return {"": f"{factory} cannot be imported: {type(error).__name__}: {error}"}
+    takes = {name: one for name, one in signature.parameters.items() if name not in given}
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in takes.values())
+    named = {name: one for name, one in takes.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    problems: dict[str, str] = {}
+    for name, value in arguments.items():
+        if name not in named:
+            if not takes_any or name in given:
+                problems[name] = unknown_names([name], sorted(named))[0]
+        elif named[name].annotation is not inspect.Parameter.empty:
+            try:
+                msgspec.convert(value, named[name].annotation)
+            except (msgspec.ValidationError, ValueError) as error:
+                problems[name] = f"{name} = {value!r:.80}: {error}"
+            except TypeError:  # an annotation that msgspec does not know: the factory decides
+                pass
+    missing = [name for name, one in named.items() if one.default is one.empty and name not in arguments]
+    return problems | {name: f"{name}: is missing; give it" for name in missing}

@@ -4,6 +4,7 @@ import { count } from "./format.js";
 
 const UNKNOWN = ["·", "unknown"];
 const STATUS = new Map([
+  ["queued", ["…", "queued"]],
   ["running", ["●", "running"]],
   ["paused", ["‖", "paused"]],
   ["finished", ["✓", "finished"]],
