@@ -25,6 +25,8 @@ MOST_MESSAGE = 1_000_000
 """Maximum bytes per snapshot that follows; a Jupyter server forwards a megabyte per second by default."""
 MOST_OF_A_FRAME = 1_500
 """Maximum points per frame."""
+_POINTS_IN_ALL = 40_000
+"""Points of all curves with which the packing starts, so that it need not try often."""
 _FEWEST_POINTS = 8
 """Of a curve, however many there are."""
 _MOST_LINES = 200
@@ -59,7 +61,7 @@ def charts_html(view: RunView, options: Options) -> str:
     """Return the page with the run in it, packed, and the script that unpacks it into a frame."""
     name, script = host()
     around = {"host": name, **msgspec.structs.asdict(options)}
-    most, packed = MOST_POINTS, ""
+    most, packed = _points_of(view), ""
     while not packed or (len(packed) > MOST_PACKED and most >= _FEWEST_POINTS):
         data = encode({"runs": [snapshot(view, most)], "media": {}, "notebook": around})
         packed = base64.b64encode(gzip.compress(document(data).encode("utf-8", "replace"), mtime=0)).decode()
@@ -72,10 +74,15 @@ def charts_html(view: RunView, options: Options) -> str:
 
 def message_of(view: RunView) -> bytes:
     """Return a snapshot for a page that is open already."""
-    most, data = MOST_POINTS, b""
+    most, data = _points_of(view), b""
     while not data or (len(data) > MOST_MESSAGE and most >= _FEWEST_POINTS):
         data, most = encode(snapshot(view, most)), most // 2
     return data
+
+
+def _points_of(view: RunView) -> int:
+    """Return the points per curve to try first."""
+    return min(MOST_POINTS, max(_FEWEST_POINTS, _POINTS_IN_ALL // max(1, len(view.curves.series))))
 
 
 def snapshot(view: RunView, most: int) -> dict[str, object]:

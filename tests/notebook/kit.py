@@ -18,6 +18,7 @@ from support.nursery import ROOT
 from support.threads import WAIT_S
 
 SETUP = """
+import threading
 import torch
 from pathlib import Path
 from support.training import Net
@@ -27,10 +28,16 @@ from trainer import Checkpoints, Trainer, TrainerArguments
 torch.set_num_threads(1)
 long = TrainerArguments(epochs=100_000, train_batch_size=4)
 def hold_at(step, name="go"):
-    return lambda now: now != step or wait_until(Path(name).exists)
+    def hold(now):
+        while now == step and not Path(name).exists():
+            threading.Event().wait(0.01)
+    return hold
 """
 """The first cell."""
 _STYLE = re.compile("\x1b\\[[0-9;]*m")
+
+_LONG_S = 3 * WAIT_S
+"""Seconds for a cell that imports torch on a busy machine."""
 
 
 class Ran:
@@ -61,7 +68,7 @@ class Kernel:
         self._manager.start_kernel(cwd=str(folder), env=os.environ | {"PYTHONPATH": paths})
         self.client = self._manager.client()
         self.client.start_channels()
-        self.client.wait_for_ready(timeout=WAIT_S)
+        self.client.wait_for_ready(timeout=_LONG_S)
 
     def stop(self) -> None:
         self.client.stop_channels()
@@ -75,7 +82,7 @@ class Kernel:
         sent = self.client.execute(code)
         ran = Ran()
         while True:
-            message = self.client.get_iopub_msg(timeout=WAIT_S)
+            message = self.client.get_iopub_msg(timeout=_LONG_S)
             kind, content = message["msg_type"], message["content"]
             self._keep(kind, content, ran)
             if message["parent_header"].get("msg_id") == sent and content.get("execution_state") == "idle":
@@ -108,6 +115,17 @@ class Kernel:
             ran.error = content
 
 
+def unpacked(html: str) -> dict[str, Any]:
+    """Return the data of the page in a display."""
+    packed = re.search(r'data-packed="([^"]+)"', html)
+    assert packed is not None
+    page = gzip.decompress(base64.b64decode(packed[1])).decode()
+    data = re.search(r'id="report">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    found: dict[str, Any] = json.loads(data[1])
+    return found
+
+
 class Shown:
     """The two displays of a run."""
 
@@ -127,14 +145,7 @@ class Shown:
     @property
     def documents(self) -> list[dict[str, Any]]:
         """The data in each page that was shown."""
-        found = []
-        for one in self._kernel.displays[self._charts]:
-            if packed := re.search(r'data-packed="([^"]+)"', one["text/html"]):
-                page = gzip.decompress(base64.b64decode(packed[1])).decode()
-                data = re.search(r'id="report">(.*?)</script>', page, re.DOTALL)
-                assert data is not None
-                found.append(json.loads(data[1]))
-        return found
+        return [unpacked(one["text/html"]) for one in self._kernel.displays[self._charts] if one["text/html"]]
 
     @property
     def messages(self) -> list[dict[str, Any]]:
