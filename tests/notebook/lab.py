@@ -48,7 +48,7 @@ class Lab:
 
     def stop(self) -> None:
         self.page.close()
-        self._process.terminate()
+        self._process.kill()  # its kernels end when it is gone; asked to, it would wait for them
         self._process.wait()
 
     def wait(self) -> None:

@@ -67,7 +67,7 @@ def test_a_saved_notebook_shows_the_end_of_its_run_again(lab: Lab, stopped: dict
     assert page.locator("html").get_attribute("data-theme") == "dark"
     assert page.locator("#training .chart").count() == stopped["charts"]
     assert not page.locator("#commands").is_visible()
-    assert lab.page.get_by_text("seen enough").last.is_visible()
+    lab.page.locator(".jp-OutputArea-output", has_text="seen enough").last.wait_for()
     assert not lab.page.locator("[data-stagecast]").is_visible()
 
 
@@ -77,5 +77,5 @@ def test_an_untrusted_notebook_shows_the_card_of_its_run(lab: Lab, stopped: dict
     text["cells"][0]["source"] = "# changed elsewhere"
     (lab.folder / "mailed.ipynb").write_text(json.dumps(text))
     lab.open("mailed.ipynb")
-    assert lab.page.get_by_text("labelled").first.is_visible()
+    lab.page.locator(".jp-OutputArea-output", has_text="■ stopped").first.wait_for()
     assert lab.page.locator("iframe").count() == 0
