@@ -9,8 +9,7 @@ import math
 import re
 import secrets
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import anyio
@@ -44,62 +43,73 @@ MAX_VALUES = 400_000
 _MOST_WANTED = 50
 """Maximum metrics that a request may name of a table with more values."""
 _MOST_KEPT = 4
-"""Maximum selections of metrics whose rows are kept encoded."""
+"""Maximum selections of which a row is kept encoded."""
 
 
-class _EncodedRow(NamedTuple):
+class _Selection(NamedTuple):
+    """What rows have of the metrics and the hyperparameters of their runs; None for all."""
+
+    metrics: frozenset[str] | None = None
+    most_config: int | None = None
+
+
+class _Row(NamedTuple):
     version: int
     """That of the table when the row changed."""
     entry: RunEntry
-    data: msgspec.Raw
+    data: dict[_Selection, msgspec.Raw]
+    """Encoded, when it was first sent."""
 
 
 class TableRows:
-    """The encoded rows of a table, by the names of their runs. Each method belongs to one thread at a time.
+    """The rows of a table, by the names of their runs. Each method belongs to one thread at a time."""
 
-    Args:
-        metrics: The metrics in a row; None for all.
-    """
-
-    def __init__(self, metrics: frozenset[str] | None = None) -> None:
-        self._metrics = metrics
+    def __init__(self) -> None:
         self._id = secrets.token_hex(4)
         self._version = 0
-        self._rows: dict[str, _EncodedRow] = {}
+        self._rows: dict[str, _Row] = {}
 
-    def take(self, entries: Sequence[RunEntry], most_config: int) -> None:
-        """Encode the rows that have changed since the last call."""
-        rows: dict[str, _EncodedRow] = {}
+    def take(self, entries: Sequence[RunEntry]) -> None:
+        """Note which rows have changed since the last call."""
+        rows: dict[str, _Row] = {}
         self._version += 1
         for entry in entries:
             row = self._rows.get(entry.name)
-            if row is None or row.entry != entry:
-                data = encode(page_row(entry, self._metrics, most_config))
-                row = _EncodedRow(self._version, entry, msgspec.Raw(data))
-            rows[entry.name] = row
+            rows[entry.name] = row if row is not None and row.entry == entry else _Row(self._version, entry, {})
         self._rows = rows
 
-    def known(self, names: Sequence[str]) -> list[str]:
+    def known(self, names: Iterable[str]) -> list[str]:
         """Return the names that have a row: another request may have taken newer entries."""
         return [name for name in names if name in self._rows]
 
     def tag(self, names: Sequence[str], state: object) -> str:
         """Return an entity tag of some rows as they are, and of ``state``, which the answer also has."""
         content = [self._id, state, *((name, self._rows[name].version) for name in names)]
-        return f'W/"{hashlib.blake2b(repr(content).encode("utf-8", "replace"), digest_size=12).hexdigest()}"'
+        return f'W/"{_digest(content)}"'
 
-    def members(self, names: Sequence[str], since: str) -> dict[str, object]:
+    def members(self, names: Sequence[str], selection: _Selection, since: str) -> dict[str, object]:
         """Return ``cursor`` and ``rows``; with the cursor of an earlier answer, ``names`` and the rows changed since.
 
-        A cursor of another table is ignored.
+        A cursor of another table, or of another selection, is ignored.
         """
+        own = f"{self._id}{_digest([sorted(selection.metrics or ()), selection])[:6]}"
         table, _, number = since.partition("-")
-        version = int(number) if table == self._id and number.isdecimal() and len(number) < 20 else 0
-        rows = [self._rows[name] for name in names]
-        members: dict[str, object] = {"cursor": f"{self._id}-{self._version}"}
-        if version:
-            members["names"] = list(names)
-        return members | {"rows": [row.data for row in rows if row.version > version]}
+        version = int(number) if table == own and number.isdecimal() and len(number) < 20 else 0
+        rows = [self._encoded(self._rows[name], selection) for name in names if self._rows[name].version > version]
+        members: dict[str, object] = {"cursor": f"{own}-{self._version}"}
+        return members | ({"names": list(names)} if version else {}) | {"rows": rows}
+
+    def _encoded(self, row: _Row, selection: _Selection) -> msgspec.Raw:
+        data = row.data.get(selection)
+        if data is None:
+            if len(row.data) >= _MOST_KEPT:
+                del row.data[next(iter(row.data))]
+            data = row.data[selection] = msgspec.Raw(encode(page_row(row.entry, *selection)))
+        return data
+
+
+def _digest(content: object) -> str:
+    return hashlib.blake2b(repr(content).encode("utf-8", "replace"), digest_size=12).hexdigest()
 
 
 class TableEndpoints:
@@ -108,8 +118,7 @@ class TableEndpoints:
     def __init__(self, runs: Runs, unread: Unread) -> None:
         self._runs = runs
         self._unread = unread
-        self._rows: OrderedDict[frozenset[str] | None, TableRows] = OrderedDict()
-        """By the metrics in their rows, the last used ones last."""
+        self._rows = TableRows()
 
     @functools.cached_property
     def _limiter(self) -> anyio.CapacityLimiter:
@@ -128,7 +137,7 @@ class TableEndpoints:
     async def get(self, request: Request, *, commands: bool) -> Response:
         """Return the rows that fulfil ``filter=...``; raises `Refused` for a filter that cannot be read.
 
-        With more than `MAX_VALUES` values of metrics, rows have those by which runs are judged and of ``metric=...``;
+        Beyond `MAX_VALUES` values of metrics, the rows have those by which runs are judged and of ``metric=...``;
         ``metric_names`` are all. ``left_out`` counts the hyperparameters that the rows lack.
 
         Args:
@@ -136,44 +145,23 @@ class TableEndpoints:
         """
         entries = await self._runs.entries()
         query = request.query_params
-        rows, left_out = await anyio.to_thread.run_sync(
-            self._take, entries, query.getlist("metric"), limiter=self._limiter
-        )
-        filters = [one for one in query.getlist("filter") if one.strip()]
+        await anyio.to_thread.run_sync(self._rows.take, entries, limiter=self._limiter)
+        found, filters = entries, [one for one in query.getlist("filter") if one.strip()]
         if filters:
             found = await anyio.to_thread.run_sync(_selected, entries, filters, limiter=self._searches)
-        else:
-            found = [entry.name for entry in entries]
         notes = commands and self._runs.keeps_notes
-        state = {"total": len(entries), "is_behind": self._runs.is_behind, "notes": notes, **left_out}
+        state = {"total": len(entries), "is_behind": self._runs.is_behind, "notes": notes}
 
         def answer() -> Response:
-            names = rows.known(found)
-            etag = rows.tag(names, state)
+            names = self._rows.known(entry.name for entry in found)
+            selection, left_out = _selection(found, query.getlist("metric"))
+            etag = self._rows.tag(names, [state, left_out, selection])
             if request.headers.get("if-none-match") == etag:
                 return BoundedResponse(status_code=304, headers={"etag": etag})
-            members = {"now": time.time(), **state, **rows.members(names, query.get("since", ""))}
-            return self._answer(request, members, etag=etag)
+            rows = self._rows.members(names, selection, query.get("since", ""))
+            return self._answer(request, {"now": time.time(), **state, **left_out, **rows}, etag=etag)
 
         return await anyio.to_thread.run_sync(answer, limiter=self._limiter)
-
-    def _take(self, entries: Sequence[RunEntry], wanted: Sequence[str]) -> tuple[TableRows, dict[str, object]]:
-        """Encode the rows; of many values only some, and the second result names what the table has in addition."""
-        metrics: frozenset[str] | None = None
-        left_out: dict[str, object] = {}
-        if sum(len(entry.metrics) for entry in entries) > MAX_VALUES:
-            monitored = {entry.monitored for entry in entries if entry.monitored is not None}
-            metrics = frozenset([*sorted(monitored)[:_MOST_WANTED], *wanted[:_MOST_WANTED]])
-            left_out["metric_names"] = Columns(entries).metrics
-        most_config = MAX_VALUES // max(1, len(entries))
-        if (longest := max((len(entry.config) for entry in entries), default=0)) > most_config:
-            left_out["left_out"] = longest - most_config
-        rows = self._rows.setdefault(metrics, TableRows(metrics))
-        self._rows.move_to_end(metrics)
-        if len(self._rows) > _MOST_KEPT:
-            self._rows.popitem(last=False)
-        rows.take(entries, most_config)
-        return rows, left_out
 
     async def list(self, request: Request, *, commands: bool) -> Response:
         """Return the list of runs in a few words each."""
@@ -199,13 +187,26 @@ class TableEndpoints:
             raise Refused(409, f"the notes cannot be written: {error}") from None
 
 
-def _selected(entries: Sequence[RunEntry], filters: Sequence[str]) -> list[str]:
-    """Return the names of the runs that fulfil all filters. Raises `Refused`."""
+def _selection(entries: Sequence[RunEntry], wanted: Sequence[str]) -> tuple[_Selection, dict[str, object]]:
+    """Return what the rows of some runs have, and the members of the answer that name the rest."""
+    metrics, most_config, left_out = None, None, dict[str, object]()
+    if sum(len(entry.metrics) for entry in entries) > MAX_VALUES:
+        monitored = {entry.monitored for entry in entries if entry.monitored is not None}
+        metrics = frozenset([*sorted(monitored)[:_MOST_WANTED], *wanted[:_MOST_WANTED]])
+        left_out["metric_names"] = Columns(entries).metrics
+    most = MAX_VALUES // max(1, len(entries))
+    if (longest := max((len(entry.config) for entry in entries), default=0)) > most:
+        most_config, left_out["left_out"] = most, longest - most
+    return _Selection(metrics, most_config), left_out
+
+
+def _selected(entries: Sequence[RunEntry], filters: Sequence[str]) -> list[RunEntry]:
+    """Return the runs that fulfil all filters. Raises `Refused`."""
     if sum(map(len, filters)) > MAX_CHARS:
         raise Refused(400, f"the filters have more than {MAX_CHARS:,} characters; shorten them")
     columns = Columns(entries, listed="the page lists them under Columns")
     try:
-        return [entry.name for entry in select(entries, filters, columns, _timed(time.monotonic() + _SEARCH_S))]
+        return select(entries, filters, columns, _timed(time.monotonic() + _SEARCH_S))
     except ArgumentsError as error:
         raise Refused(400, str(error)) from None
 

@@ -163,7 +163,7 @@ export class RunTable extends Component {
       ${this.#head(columns.column("name"), sort, columns, this.#tickAll(visible))}
       ${shown.map((one) => this.#head(one, sort, columns))}
     </tr>`;
-    return html`<${Rows}
+    return html`<${Body}
       items=${itemsOf(visible, columns, choices, sort, now)}
       caption=${`Runs, sorted by ${inWords(sort, columns)}`}
       widths=${widths(visible, shown, now)}
@@ -241,7 +241,7 @@ export class RunTable extends Component {
 }
 
 /** The part of the rows that is in sight: the others are empty space. Scrolling draws nothing else again. */
-class Rows extends Component {
+class Body extends Component {
   state = { from: 0, to: 60, isPrinting: false };
 
   componentDidMount() {

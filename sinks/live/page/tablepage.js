@@ -6,6 +6,7 @@ import { announce } from "./dom.js";
 import { count } from "./format.js";
 import { matcher } from "./match.js";
 import { learnNames } from "./names.js";
+import { FilterRefused, Rows } from "./rows.js";
 import { RunTable } from "./table.js";
 import { html, render } from "./view.js";
 
@@ -21,8 +22,7 @@ export class TablePage {
   constructor(app) {
     this.app = app;
     this.root = document.getElementById("table");
-    this.rows = report ? (report.table ?? []) : null; // null before the first answer
-    this.total = this.rows?.length ?? 0;
+    this.rows = new Rows();
     if (report) learnNames(this.#named());
     addEventListener("keydown", (event) => {
       if (!event.altKey || event.ctrlKey || event.metaKey || event.code !== "KeyT") return;
@@ -31,18 +31,10 @@ export class TablePage {
     });
   }
 
-  #cursor = null; // of the last answer, to `#where`
-  #etag = null;
-  #where = null;
-  #clock = { now: Date.now() / 1000, at: performance.now() };
-  #takesNotes = false;
-  #isBehind = false;
-  #took = 0;
-  #metricNames = undefined; // of a table that has too many to be sent
-  #metrics = []; // those of the last answer
-  #leftOut = 0;
   #lost = null; // why no answer arrives
   #refusal = null; // why the filter cannot be read
+  #isAsking = false;
+  #took = 0;
   #timer = null;
   #typing = null;
   #abort = null;
@@ -80,63 +72,26 @@ export class TablePage {
     this.#abort?.abort();
     const abort = (this.#abort = new AbortController());
     const began = performance.now();
+    this.#isAsking = true;
     try {
-      await this.#ask(this.choices.where.trim(), abort.signal);
-      this.#lost = null;
+      await this.rows.ask(this.choices.where.trim(), abort.signal, this.#shownMetrics());
+      this.#lost = this.#refusal = null;
+      this.learn();
     } catch (error) {
       if (abort.signal.aborted) return;
       if (error instanceof TokenWanted) this.app.askToken();
+      else if (error instanceof FilterRefused) this.#refusal = error.message;
       else this.#lost = `${error.message}; the page keeps retrying.`;
     }
-    if (abort.signal.aborted || !this.choices.isOpen) return;
+    if (abort.signal.aborted) return;
+    this.#isAsking = false;
+    if (!this.choices.isOpen) return;
     this.draw();
     const took = performance.now() - began;
     const usual = Math.min(took, this.#took); // the first answer, and one behind another reader's, take longer
     this.#took = took;
-    const wait = this.#isBehind ? 0 : Math.min(MOST_MS, Math.max(POLL_MS, TIMES * usual));
+    const wait = this.rows.answer.isBehind ? 0 : Math.min(MOST_MS, Math.max(POLL_MS, TIMES * usual));
     this.#timer = setTimeout(() => this.look(), document.hidden ? 10 * wait + POLL_MS : wait);
-  }
-
-  async #ask(where, signal) {
-    const metrics = this.#metricNames ? this.#shownMetrics() : [];
-    const isSame = where === this.#where && this.rows !== null && String(metrics) === String(this.#metrics);
-    const query = new URLSearchParams();
-    if (where) query.set("filter", where);
-    for (const name of metrics) query.append("metric", name);
-    if (isSame) query.set("since", this.#cursor);
-    const headers = isSame && this.#etag ? { "If-None-Match": this.#etag } : {};
-    const response = await get(`api/table?${query}`, { headers, signal, any: true });
-    if (response.status === 304) return;
-    const answer = await response.json();
-    if (response.status === 400) {
-      this.#refusal = answer.error;
-      this.#etag = null;
-      return;
-    }
-    if (!response.ok) throw new Error(answer.error ?? `the server answered ${response.status}`);
-    this.#refusal = null;
-    this.#etag = response.headers.get("ETag");
-    this.#cursor = answer.cursor;
-    this.#clock = { now: answer.now, at: performance.now() };
-    this.#takesNotes = answer.notes;
-    this.#isBehind = answer.is_behind;
-    this.#leftOut = answer.left_out ?? 0;
-    if (String(answer.metric_names) !== String(this.#metricNames)) this.#metricNames = answer.metric_names;
-    this.total = answer.total;
-    const known = new Map(isSame ? this.rows.map((row) => [row.name, row]) : []);
-    for (const row of answer.rows) known.set(row.name, row);
-    const names = answer.names ?? answer.rows.map((row) => row.name);
-    if (names.every((name) => known.has(name))) {
-      this.#where = where;
-      this.#metrics = metrics;
-      this.rows = names.map((name) => known.get(name));
-      this.learn();
-      if (this.#hasMetrics()) return;
-      await this.#ask(where, signal);
-      return;
-    }
-    this.#where = null; // a run fulfils the filter although it has not changed: such as one that waits
-    await this.#ask(where, signal);
   }
 
   learn() {
@@ -144,7 +99,7 @@ export class TablePage {
   }
 
   #named() {
-    return (this.rows ?? []).map(({ name, label, notes }) => ({ run_id: name, label, colour: notes.colour }));
+    return (this.rows.all ?? []).map(({ name, label, notes }) => ({ run_id: name, label, colour: notes.colour }));
   }
 
   /** Change what people noted about a run. Throws an `Error` with the reason of a refusal. */
@@ -154,7 +109,7 @@ export class TablePage {
     const response = await get(addressOf(name, "/notes"), { method: "POST", body, headers, any: true });
     const answer = await response.json().catch(() => ({}));
     if (!response.ok) throw new Error(answer.error ?? `the server answered ${response.status}`);
-    this.rows = this.rows.map((row) => (row.name === name ? { ...row, notes: answer, label: answer.name || row.name } : row));
+    this.rows.note(name, answer);
     this.learn();
     this.draw();
     announce(`Saved what is noted about ${answer.name || name}`);
@@ -164,10 +119,6 @@ export class TablePage {
     return metricsOf([...(this.choices.columns ?? []), ...(this.choices.sort ?? [])]);
   }
 
-  #hasMetrics() {
-    return !this.#metricNames || this.#shownMetrics().every((name) => this.#metrics.includes(name));
-  }
-
   /** The reader has changed a choice. */
   #changed() {
     history.replaceState(null, "", this.app.fragment());
@@ -175,19 +126,20 @@ export class TablePage {
       this.draw();
       return;
     }
-    if (this.choices.where.trim() === this.#where && !this.#refusal && this.#hasMetrics()) return;
     clearTimeout(this.#typing);
+    if (!this.#isAsking && this.rows.has(this.choices.where.trim(), this.#shownMetrics())) return;
     this.#typing = setTimeout(() => this.choices.isOpen && this.look(), TYPING_MS);
   }
 
   #hint() {
-    if (this.#isBehind) return "The server is still reading runs, so some are missing.";
-    return this.#leftOut ? `The last ${count(this.#leftOut)} hyperparameters of a run are left out: there are too many.` : null;
+    const { isBehind, leftOut } = this.rows.answer;
+    if (isBehind) return "The server is still reading runs, so some are missing.";
+    return leftOut ? `The last ${count(leftOut)} hyperparameters of a run are left out: there are too many.` : null;
   }
 
   draw() {
     if (!this.choices.isOpen) return;
-    let { rows } = this;
+    let { all: rows } = this.rows;
     let problem = this.#refusal;
     const hint = this.#lost ?? this.#hint();
     if (rows === null) {
@@ -203,17 +155,16 @@ export class TablePage {
       change: () => this.#changed(),
       hrefOf: (name) => this.app.fragment([name], false),
       compare: (names) => this.app.showRuns(names),
-      note: this.#takesNotes ? (name, change) => this.note(name, change) : null,
+      note: this.rows.answer.notes ? (name, change) => this.note(name, change) : null,
     };
-    const { now, at } = this.#clock;
-    const time = report ? Math.max(0, ...rows.map((row) => row.updated ?? 0)) : now + (performance.now() - at) / 1000;
+    const { answer, now } = this.rows;
     render(
       html`<${RunTable}
         rows=${rows}
-        names=${this.#metricNames}
-        now=${time}
+        names=${answer.names}
+        now=${now}
         choices=${this.choices}
-        total=${this.total}
+        total=${answer.total}
         problem=${problem}
         hint=${hint}
         on=${on}
