@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import xxhash
 
 from events.checkpoint.disk import sync_folder
 from events.journal.tail import journal_tail
 from events.journal.writer import Journal, JournalWriter
 from events.messages import Event, RunEnded, RunStarted
-from events.run.folder import LOCK_BYTES, LOCK_NAME, Holder, RunFolder
-from events.safe_files import read_below
+from events.run.folder import RunFolder
 from events.text import percent_encoded
 
 _NAME_CHARS = 150
@@ -25,13 +22,6 @@ def folder_name(run_id: str) -> str:
     """Return the name of the folder for a copy, which leads nowhere else; a long one ends in a hash."""
     name = percent_encoded(run_id)
     return name if len(name) <= _NAME_CHARS else f"{name[:_NAME_CHARS]}-{xxhash.xxh3_64_hexdigest(name.encode())}"
-
-
-def is_pushed(path: str | os.PathLike[str]) -> bool:
-    """Whether the newest holder of a run's folder was a server that the run is pushed to: see `Holder`."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        return msgspec.json.decode(read_below(path, LOCK_NAME, LOCK_BYTES), type=Holder).is_pushed
-    return False
 
 
 class RunCopy:

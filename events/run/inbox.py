@@ -19,8 +19,8 @@ from pathlib import Path
 from events.errors import RunFolderError, WireError
 from events.log import in_this_run, logger
 from events.protocol import AnyCommand, Commands
-from events.run.copy import is_pushed
 from events.run.folder import is_held
+from events.run.pushed import is_pushed
 from events.safe_files import (
     UnsafeFile,
     list_below,

@@ -20,10 +20,10 @@ from events.journal.segment import JOURNAL_DIR, journal_head
 from events.journal.tail import journal_tail
 from events.messages import Event, RunResumed, RunStarted, TrainStepEnded
 from events.metrics import hyperparameters, metrics_of
-from events.run.copy import is_pushed
 from events.run.damage import add_damage, damage_in, damage_of
 from events.run.folder import is_held
 from events.run.job import read_job, settle_job
+from events.run.pushed import is_pushed
 from events.run.state import RunState
 from events.run.summary import Summary
 from events.run.trim import trimmed

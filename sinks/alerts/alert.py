@@ -36,7 +36,8 @@ class Alert(Strict, frozen=True):
     - ``failed``: the run failed, with phase and reason; or its process was killed, which the process itself cannot
       tell: that is seen by ``stagecast watch``, or with ``sinks_in="process"``.
     - ``nan``: a loss or gradient is not finite; once per attempt.
-    - ``stalled``: no step and no epoch has begun or ended for ``stalled_s`` seconds. A paused run is not stalled.
+    - ``stalled``: no step and no epoch has begun or ended for ``stalled_s`` seconds, or a run that is pushed is silent.
+      A paused run is not stalled.
     - ``no_improvement``: ``patience`` values of ``monitor`` in a row were no better than its best one.
     - ``disk``: the file system of the run's folder is full to ``disk_percent``.
     - ``finished``: the run ended otherwise: finished, stopped or cancelled.

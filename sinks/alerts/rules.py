@@ -24,6 +24,7 @@ from events.messages import (
     ValEpochStarted,
 )
 from events.metrics import metrics_of
+from events.run.pushed import is_pushed
 
 Kind = Literal["failed", "nan", "stalled", "no_improvement", "disk", "finished"]
 
@@ -133,9 +134,15 @@ class Rules:
         return self._moved_at + self._limits.stalled_s
 
     def closed(self, now: float) -> AlertMessage | None:
-        """No event will follow: return the message about a run whose process was killed."""
+        """No event will follow: return the message about a run whose process was killed, or that is silent.
+
+        Reads the lock file of the run folder.
+        """
         if self._has_ended or not self._host:
             return None
+        if self._run_dir is not None and is_pushed(self._run_dir):  # only its sender's server is here
+            said = f"nothing arrives after step {self._step}: its process, its machine or its network may be down"
+            return self._message("stalled", said, now)
         return self._message("failed", f"its process ended without a word after step {self._step}", now)
 
     def _ended(self, event: RunEnded) -> AlertMessage | None:

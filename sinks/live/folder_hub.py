@@ -13,10 +13,10 @@ import msgspec
 
 from events.journal.reader import JournalReader
 from events.journal.segment import JOURNAL_DIR, journal_head, segment_numbers
-from events.run.copy import is_pushed
 from events.run.damage import damage_in, damage_of, reason_of
 from events.run.folder import is_held
 from events.run.job import read_job, settle_job
+from events.run.pushed import is_pushed
 from sinks.live.hub import BATCH, Hub
 from sinks.live.stored import PAUSE_S, batches, encode_view, read_view, store_view
 from sinks.live.turns import READING

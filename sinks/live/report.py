@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from events.errors import RunFolderError
-from events.run.copy import is_pushed
 from events.run.folder import is_held
+from events.run.pushed import is_pushed
 from events.safe_files import replace_below
 from events.table.columns import page_row
 from events.table.gather import FoundRun, gather_runs

@@ -26,8 +26,10 @@ from events.journal.writer import Journal
 from events.messages import Event, ImageLogged, MetricsLogged, ObserverFailed, RunEnded
 from events.protocol import Pause
 from events.run.inbox import commands_of
+from events.run.job import ServiceJob, write_job
 from events.sink import RunInfo
 from sinks import Push
+from sinks.alerts.rules import AlertLimits, Rules
 from sinks.live import pushed, pushes
 from sinks.live.pushed import read_tokens
 from sinks.live.pushes import Pushes
@@ -202,6 +204,7 @@ from pathlib import Path
 from support.threads import wait_until
 from support.training import Net, make_trainer
 from sinks import Push
+from sinks.alerts.rules import AlertLimits, Rules
 from trainer import Checkpoints
 
 url, run_dir, central = sys.argv[1:]
@@ -530,3 +533,26 @@ def test_what_is_too_large_or_missing_is_skipped_with_a_warning(
         "does not publish event 5, MetricsLogged: its line has .* bytes, and the server takes 2,097,152",
     ):
         assert [one for one in warned if re.search(part, one)], warned
+
+
+def test_the_page_and_alerts_say_silent_and_queued(here: Any, visit: Any) -> None:
+    """Of a pushed run whose sender has left before its end, and of a job that waits; neither offers commands."""
+    expect = pytest.importorskip("playwright.sync_api").expect
+    url, folder = here()
+    story = Story()
+    events: list[Event] = [story.started(host="box"), *story.steps(3)]
+    writer = Push(url, TOKEN, "vision").open(RunInfo("demo"))  # not `opened`: the browser has an event loop here
+    writer.write(events)
+    writer.close()
+    (folder / "waits").mkdir()
+    write_job(folder / "waits", ServiceJob("waits", {}, asked=time.time()))
+    for run_id, state in (("demo", "silent"), ("waits", "queued")):
+        page = visit(url, f"#run={run_id}")
+        expect(page.locator("#status")).to_contain_text(state)
+        expect(page.locator("#commands")).to_be_hidden()
+    rules = Rules(AlertLimits(10.0, "val_loss", "min", 5, 95.0), "demo", str(folder / "demo"))
+    for event in events:
+        rules.take(event, event.time)
+    message = rules.closed(time.time())
+    assert message is not None
+    assert (message.kind, "nothing arrives after step 3" in message.text) == ("stalled", True)

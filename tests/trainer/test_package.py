@@ -209,7 +209,10 @@ def test_imports_point_in_one_direction(package: str, never: str) -> None:
 
 
 ADAPTERS = {
-    *(f"sinks/live/{name}.py" for name in ("access", "responses", "app", "client", "protocols", "server")),
+    *(
+        f"sinks/live/{name}.py"
+        for name in ("access", "responses", "app", "client", "protocols", "pushes", "server", "table")
+    ),
     "sinks/nats/client.py",
     "sinks/nats/mirror.py",
     "sinks/nats/publisher.py",
