@@ -96,7 +96,7 @@ def test_the_best_of_twenty_runs_is_on_top_and_what_differs_is_beside_it(
     table = Table(visit, server, viewport={"width": 1440, "height": 900})
     page = table.page
     assert table.names() == best_first()
-    usual = ["Name", "State", "Health", "Progress", "best val_loss", "seed", "optimizer.lr", "Duration", "Folder"]
+    usual = ["Name", "best val_loss", "State", "Progress", "seed", "optimizer.lr", "Health", "Duration", "Folder"]
     assert table.heads() == usual
     assert table.root.locator("[aria-sort]").all_inner_texts() == ["best val_loss\n▲"]
     expect(table.root.locator("[aria-sort]")).to_have_attribute("aria-sort", "ascending")
@@ -359,12 +359,14 @@ def test_runs_are_compared_with_the_keyboard_alone(folder: Path, serve: Serve, v
 def test_two_runs_of_one_id_and_values_that_are_not_finite_are_told_apart(
     tmp_path: Path, serve: Serve, visit: Visits
 ) -> None:
-    """A run without a value is last in either order."""
+    """A run without a value is last in either order. Without a run under way, the page opens with the table."""
     for place, loss in (("a/demo", 1.0), ("b/c/demo", math.nan)):
         told = Told(tmp_path / place, "demo")
         told.write(told.story.started(best="val_loss"), told.story(ValEpochEnded, loss=loss), told.story.ended())
         told.let_go()
-    table = Table(visit, serve(RunsOfFolder(tmp_path)), "&column=folder&column=last.val_loss&column=health")
+    server = serve(RunsOfFolder(tmp_path))
+    expect(visit(server.url, loaded=False).locator("#table tbody tr")).to_have_count(2)
+    table = Table(visit, server, "&column=folder&column=last.val_loss&column=health")
     table.head("last val_loss").click()
     names = table.names()
     assert sorted(names) == ["demo", f"demo ({'b:c' if 'demo (b:c)' in names else 'a'})"]

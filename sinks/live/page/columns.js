@@ -116,18 +116,18 @@ export class Columns {
   get usual() {
     const { monitored } = this;
     const wanted = [
-      "status",
-      "health",
-      "progress",
       ...(monitored ? [`best.${monitored}`] : []),
+      "status",
+      "progress",
       ...this.differing.slice(0, MOST_DIFFERING).map((name) => `config.${name}`),
+      "health",
       "duration_s",
       "tags",
       "note",
       "folder",
     ];
     const isOver = this.rows.every((row) => row.status !== "running" && row.status !== "paused");
-    const isFlat = this.rows.every((row) => row.folder === row.name || row.folder === ".");
+    const isFlat = this.rows.every((row) => [row.name, row.label, "."].includes(row.folder));
     return wanted.filter((id) => {
       if ((id === "progress" && isOver) || (id === "folder" && isFlat)) return false;
       const column = this.column(id);

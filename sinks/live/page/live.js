@@ -134,6 +134,10 @@ class App {
       else if (!this.open.size) this.wait("The server does not answer", `${error.message}. The page keeps retrying.`);
     }
     if (isKnown) {
+      if (!this.chosen.length && this.runs.length > 1 && !this.runs.some((run) => run.status === "running")) {
+        this.table.open(true); // the day after: which one was best
+        return;
+      }
       if (!this.chosen.length && this.runs.length) {
         this.chosen = [(this.runs.find((run) => run.status === "running") ?? this.runs[0]).run_id];
         history.replaceState(null, "", this.fragment());

@@ -273,7 +273,7 @@ class Body extends Component {
     const space = (rows, key) =>
       rows > 0 && html`<tr key=${key} aria-hidden="true"><td style=${{ height: `${rows * ROW_PX}px` }}></td></tr>`;
     return html`<div class="table-scroll" role="region" aria-label="Runs" tabindex="0" ref=${this.#take} onScroll=${this.#look}>
-      <table aria-rowcount=${items.length + 1} onKeyDown=${moveFocus}>
+      <table aria-rowcount=${items.length + 1} style=${{ width: `calc(${widths.join(" + ")})` }} onKeyDown=${moveFocus}>
         <caption class="visually-hidden">${caption}</caption>
         <colgroup>${widths.map((width) => html`<col style=${{ width }} />`)}</colgroup>
         <thead>${heads}</thead>
