@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("playwright.sync_api")
 from live.kit import Serve, Told
 from live.page_server import FakeRun
-from live.page_show import Show, a_run, curve, first_chart
+from live.page_show import Show, a_run, curve
 from live.page_visits import axe
 from playwright.sync_api import Page, expect
 
@@ -133,7 +133,7 @@ def test_the_legend_highlights_and_hides_a_run_in_all_charts(show: Show) -> None
         curve([base + (at % 2) for at in range(60)], run, "x/level")
     page = show(*runs, fragment=link(runs))
     entry = page.locator("#compared").get_by_role("button", name="run-03")
-    expect(first_chart(page).locator("canvas")).to_be_visible()
+    page.wait_for_function(f"() => ({ALPHAS})('Gradient norm').length === 8")
     entry.hover()
     others = [[f"run-{at:02d}", 1 if at == 3 else 0.2] for at in range(8)]
     assert page.evaluate(ALPHAS, "Gradient norm") == others
@@ -223,7 +223,7 @@ def sweep(tmp_path: Path, serve: Serve, visit: Any) -> Any:
 
     def start(settings: str = "", **options: Any) -> Page:
         page: Page = visit(server.url, "#" + "&".join(f"run={name}" for name in SWEEP) + settings, **options)
-        expect(page.locator("#compare tbody tr")).not_to_have_count(0)
+        expect(page.locator(".comparison tbody tr")).not_to_have_count(0)
         return page
 
     return start
@@ -344,6 +344,26 @@ def test_a_highlighted_run_is_highlighted_everywhere(sweep: Any) -> None:
         expect(page.locator(".lit-run")).to_have_text(f"b: lr 0.01 · clip {NONE} · optimizer adam · val_accuracy 1.8")
     page.locator("#compared [data-key='run:b'] .run").click()
     expect(page.locator(".scatter .beside")).to_have_attribute("data-key", "run:b")
+
+
+def test_all_runs_that_the_table_shows_are_compared(sweep: Any) -> None:
+    """The filter's runs without the hidden ones; a selection of them leads to the charts."""
+    page = sweep("&table=1&compare=1&where=val_accuracy+%3E+0.62&hide-run=c&metric=val_accuracy", loaded=False)
+    names = page.locator("#table .comparison tbody th")
+    expect(names).to_have_text(["b", "a", "e"])
+    page.locator(".scatter").press("Home")
+    expect(page.locator(".lit-run")).to_have_text("b: lr 0.01 · optimizer adam · val_accuracy 1.8")
+    page.locator(".axis[aria-label='Selected part of optimizer']").press("ArrowDown")
+    expect(page.locator(".comparison [role=status]")).to_have_text("3 runs selected")
+    for _ in range(8):
+        page.locator(".axis[aria-label='Selected part of optimizer']").press("ArrowDown")
+    expect(page.locator(".comparison [role=status]")).to_have_text("2 of 3 runs selected")
+    page.get_by_role("button", name="Lay them over each other").click()
+    expect(page.locator("#compared .name")).to_have_text(["b", "a"])
+    page.go_back()
+    expect(names).to_have_count(3)
+    page.locator("#table .all > summary").click()
+    expect(names).to_have_count(0)
 
 
 def test_a_report_has_the_comparison_without_a_server(tmp_path: Path, visit: Any) -> None:

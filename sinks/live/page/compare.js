@@ -4,7 +4,7 @@ import { runKey } from "./charts.js";
 import { directionOf, DIRECTIONS, differing, metricOf, metricsOf, plottable, ranked, runsOf, textOf, winnersOf } from "./findings.js";
 import { count, number } from "./format.js";
 import { highlighting } from "./legend.js";
-import { isWithin, Parallel } from "./parallel.js";
+import { Parallel, within } from "./parallel.js";
 import { Scatter } from "./scatter.js";
 import { html } from "./view.js";
 
@@ -14,13 +14,13 @@ const MOST_AXES = 10;
 export const HINT = "Point at a run to highlight it everywhere; drag along an axis to select runs.";
 
 /**
- * The comparison of `rows` of `GET /api/table`.
+ * The comparison of `rows` of `GET /api/table`. `known`: names of metrics that the rows may lack until one is chosen.
  *
  * `state`: the reader's choices, a `CompareState`. `lookOf(name)`: `{colour, label, href, isHidden}` of a run. `on`:
  * `change(isFinal)` after a choice, where a selection that is being drawn is not final; `show(names)` lays runs over each
  * other; and a `board` to highlight with.
  */
-export function Comparison({ rows, state, lookOf, on }) {
+export function Comparison({ rows, known, state, lookOf, on }) {
   const names = differing(rows);
   const metrics = metricsOf(rows);
   const axes = plottable(rows, names);
@@ -33,7 +33,7 @@ export function Comparison({ rows, state, lookOf, on }) {
   const { by } = state;
   const sorted = metric ? ranked(rows, metric, by) : rows;
   const shownAxes = axes.slice(0, MOST_AXES);
-  const selected = sorted.filter((row) => isWithin(row, rows, shownAxes, metric, state));
+  const selected = within(sorted, shownAxes, metric, state);
   const selectedNames = new Set(selected.map((row) => row.name));
   const hasRanges = state.ranges.size > 0;
   const isBeside = (row) => !selectedNames.has(row.name) || lookOf(row.name).isHidden;
@@ -41,7 +41,7 @@ export function Comparison({ rows, state, lookOf, on }) {
   return html`
     <div class="toolbar">
       ${metric &&
-      html`<${Choice} label="Metric" value=${metric} choose=${(one) => choose({ metric: one })} options=${metrics.map((one) => [one, one])} />
+      html`<${Choice} label="Metric" value=${metric} choose=${(one) => choose({ metric: one })} options=${[...new Set([...metrics, ...known])].map((one) => [one, one])} />
         <${Choice} label="Value" value=${by} choose=${(one) => choose({ by: one })} options=${[["best", "best"], ["last", "last"]]} />`}
     </div>
     ${!names.length &&

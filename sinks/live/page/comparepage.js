@@ -23,6 +23,7 @@ export class ComparePage {
 
   #abort = null;
   #drawn = null;
+  #shown = []; // the rows of the comparison in sight
 
   /** Poll the rows, while runs are compared. */
   async look() {
@@ -30,7 +31,7 @@ export class ComparePage {
     if (!this.app.isComparing()) return;
     const abort = (this.#abort = new AbortController());
     try {
-      await this.rows.ask(filterOf(this.app.chosen), abort.signal);
+      await this.rows.ask(filterOf(this.app.chosen), abort.signal, this.#wanted);
       this.problem = null;
     } catch (error) {
       if (abort.signal.aborted) return;
@@ -38,6 +39,12 @@ export class ComparePage {
       else this.problem = `The table of runs cannot be read: ${error.message}.`;
     }
     if (!abort.signal.aborted) this.fill();
+  }
+
+  /** The reader's metric, which the rows of a very large table may lack. */
+  get #wanted() {
+    const { metric } = this.app.view.compare;
+    return metric ? [metric] : [];
   }
 
   /** Follow the page's choice of runs. */
@@ -66,29 +73,45 @@ export class ComparePage {
 
   draw() {
     const { rows, problem } = this.#drawn;
+    const change = (isFinal = true) => {
+      this.draw();
+      if (!isFinal) return;
+      this.app.keepFragment();
+      if (!this.rows.has(filterOf(this.app.chosen), this.#wanted)) this.look();
+    };
+    const view = rows.length ? this.#viewOf(rows, this.rows.answer.names ?? [], change) : null;
+    contained(() => render(html`${problem && html`<p class="hint" role="status">${problem}</p>`}${view}`, this.root));
+  }
+
+  /** The comparison of all runs that the table shows, folded until the reader opens it. The others: as of `Comparison`. */
+  ofTable(rows, names, change) {
+    const state = this.app.view.compare;
+    const toggle = ({ target }) => {
+      if (target.open === state.isOpen) return;
+      state.isOpen = target.open;
+      change();
+    };
+    return html`<details class="all" open=${state.isOpen} onToggle=${toggle}>
+      <summary><h2>Comparison of these runs</h2></summary>
+      ${state.isOpen && this.#viewOf(rows, names, change)}
+    </details>`;
+  }
+
+  #viewOf(rows, names, change) {
+    this.#shown = rows;
     const { app } = this;
     const looks = new Map(rows.map((row) => [row.name, this.#lookOf(row)]));
-    const on = {
-      change: (isFinal = true) => {
-        this.draw();
-        if (isFinal) app.keepFragment();
-      },
-      show: (names) => app.showRuns(names),
-      board: app.board,
-    };
-    const view = rows.length
-      ? html`<${Comparison} rows=${rows} state=${app.view.compare} lookOf=${(name) => looks.get(name)} on=${on} />`
-      : null;
-    contained(() => render(html`${problem && html`<p class="hint" role="status">${problem}</p>`}${view}`, this.root));
+    const on = { change, show: (names) => app.showRuns(names), board: app.board };
+    return html`<div class="comparison">
+      <${Comparison} rows=${rows} known=${names} state=${app.view.compare} lookOf=${(name) => looks.get(name)} on=${on} />
+    </div>`;
   }
 
   /** Name the highlighted run. */
   lit(key) {
-    const root = this.root.querySelector(".lit-run");
-    if (!root) return;
-    const { rows } = this.#drawn;
-    const row = rows.find(({ name }) => runKey(name) === key);
-    setText(root, row ? inWords(row, rows, this.app.view.compare, this.#lookOf(row).label) : HINT);
+    const row = this.#shown.find(({ name }) => runKey(name) === key);
+    for (const root of document.querySelectorAll(".lit-run"))
+      setText(root, row ? inWords(row, this.#shown, this.app.view.compare, this.#lookOf(row).label) : HINT);
   }
 
   #lookOf(row) {

@@ -7,10 +7,12 @@ export class CompareState {
   parameter = ""; // empty: the first one that differs
   by = "best";
   ranges = new Map(); // axis -> [from, to]: the selected parts of axes
+  isOpen = false; // for the runs of the table
   isWhole = false; // all rows and metrics are shown
 
   read(wanted) {
     this.by = VALUES.includes(wanted.get("value")) ? wanted.get("value") : VALUES[0];
+    this.isOpen = wanted.has("compare");
     this.metric = wanted.get("metric") ?? "";
     this.parameter = wanted.get("parameter") ?? "";
     this.ranges = new Map();
@@ -22,6 +24,7 @@ export class CompareState {
   }
 
   write(told) {
+    if (this.isOpen) told.set("compare", "1");
     if (this.by !== VALUES[0]) told.set("value", this.by);
     if (this.metric) told.set("metric", this.metric);
     if (this.parameter) told.set("parameter", this.parameter);

@@ -208,6 +208,7 @@ class App {
     }
     for (const runId of this.chosen) {
       if (this.open.has(runId)) continue;
+      if (this.isAhead()) break;
       const store = new RunStore(runId, (names) => mostPoints(names, this.chosen.length));
       const taken = new Set([...this.open.values()].map((one) => one.slot));
       let slot = 0;
@@ -240,6 +241,12 @@ class App {
     this.write();
   }
 
+  /** Whether the first of several runs is loading: the server reads it before the others. */
+  isAhead() {
+    const first = this.open.get(this.chosen[0]);
+    return !report && first !== undefined && !first.store.isLoaded && first.connection.state === "connecting";
+  }
+
   /** How a run is drawn: `{colour, dash, label}`; its notes have its own colour and name. */
   lookOf({ store, slot }) {
     return {
@@ -251,7 +258,7 @@ class App {
 
   /** The run whose tables are shown: the first chosen one that exists. */
   focus() {
-    const isThere = (runId) => this.open.get(runId)?.store.isLoaded || !this.isMissing(runId);
+    const isThere = (runId) => this.open.has(runId) && (this.open.get(runId).store.isLoaded || !this.isMissing(runId));
     return this.open.get(this.chosen.find(isThere) ?? this.chosen[0]);
   }
 
@@ -369,7 +376,8 @@ class App {
     if (this.view.table.isOpen) return;
     const focus = this.focus();
     if (!focus) return;
-    if (focus !== this.lastFocus) this.follow(); // the previous run is missing
+    // The previous run is missing, or the first one is loaded.
+    if (focus !== this.lastFocus || (this.open.size < this.chosen.length && !this.isAhead())) this.follow();
     const { store, connection } = focus;
     this.writeState(store, connection);
     if (!store.isLoaded) {

@@ -44,14 +44,16 @@ function rangeOf(axis, [top, bottom]) {
   return axis.scale.isNumeric ? [value(bottom), value(top)] : [share(bottom), share(top)];
 }
 
-/** Whether a run is within the selected part of each axis. */
-export function isWithin(row, rows, names, metric, { by, ranges }) {
-  if (!ranges.size) return true;
-  return axesOf(rows, names, metric, by).every((axis) => {
-    const pixels = pixelsOf(axis, ranges.get(axis.id));
-    const at = axis.placeOf(row);
-    return pixels === null || (at !== null && at >= pixels[0] - 0.01 && at <= pixels[1] + 0.01);
-  });
+/** The runs within the selected part of each axis. */
+export function within(rows, names, metric, { by, ranges }) {
+  if (!ranges.size) return rows;
+  const selected = axesOf(rows, names, metric, by).map((axis) => [axis, pixelsOf(axis, ranges.get(axis.id))]);
+  return rows.filter((row) =>
+    selected.every(([axis, pixels]) => {
+      const at = axis.placeOf(row);
+      return pixels === null || (at !== null && at >= pixels[0] - 0.01 && at <= pixels[1] + 0.01);
+    }),
+  );
 }
 
 export function Parallel(parts) {

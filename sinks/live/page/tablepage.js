@@ -116,7 +116,9 @@ export class TablePage {
   }
 
   #shownMetrics() {
-    return metricsOf([...(this.choices.columns ?? []), ...(this.choices.sort ?? [])]);
+    const shown = metricsOf([...(this.choices.columns ?? []), ...(this.choices.sort ?? [])]);
+    const { isOpen, metric } = this.app.view.compare;
+    return isOpen && metric ? [...shown, metric] : shown;
   }
 
   /** The reader has changed a choice. */
@@ -158,6 +160,11 @@ export class TablePage {
       note: this.rows.answer.notes ? (name, change) => this.note(name, change) : null,
     };
     const { answer, now } = this.rows;
+    const compared = rows.filter((row) => !this.choices.hidden.has(row.name));
+    const change = (isFinal = true) => {
+      this.draw();
+      if (isFinal) this.#changed();
+    };
     render(
       html`<${RunTable}
         rows=${rows}
@@ -168,7 +175,8 @@ export class TablePage {
         problem=${problem}
         hint=${hint}
         on=${on}
-      />`,
+      />
+        ${compared.length > 0 && this.app.comparePage.ofTable(compared, answer.names ?? [], change)}`,
       this.root,
     );
   }
