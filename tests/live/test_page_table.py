@@ -20,6 +20,7 @@ from events.messages import ObserverFailed, ValEpochEnded
 from events.table.notes import NOTES_NAME, Notes, read_notes
 from events.wire import encode_json_lines
 from sinks.live import table as table_module
+from sinks.live.report import write_report
 from sinks.live.runs import RunsOfFolder
 from sinks.live.server import Server
 
@@ -376,3 +377,26 @@ def test_two_runs_of_one_id_and_values_that_are_not_finite_are_told_apart(
     expect(table.root.locator("tr[data-run]").last).to_contain_text("val_loss NaN since step 0")
     table.head("last val_loss").click()
     expect(table.root.locator("tr[data-run]").last).to_contain_text("NaN")
+
+
+def test_a_report_has_the_table_without_a_server(folder: Path, visit: Visits) -> None:
+    """Its filter is a regular expression on names, and nothing can be noted."""
+    (folder / "sweep-1" / "run-01" / NOTES_NAME).write_text('{"name": "the best", "note": "keep it"}')
+    write_report([folder], folder / "out.html")
+    page = visit((folder / "out.html").as_uri())
+    page.get_by_role("button", name="Table", exact=True).click()
+    root = page.locator("#table")
+    expect(root.locator("tr[data-run] a").first).to_have_text("the best")
+    assert root.locator("tr[data-run]").count() == 20
+    root.get_by_role("button", name="Options of the best").click()
+    expect(page.get_by_role("dialog").get_by_text("keep it")).to_be_visible()
+    expect(page.get_by_role("dialog").get_by_role("textbox")).to_have_count(0)
+    page.get_by_role("dialog").get_by_role("button", name="Close").click()
+    root.get_by_role("searchbox").fill("-1[0-9]$")
+    expect(root.get_by_text("10 of 20 runs")).to_be_visible()
+    root.get_by_role("searchbox").fill("-1[")
+    expect(root.locator("#table-problem")).to_contain_text("is not a regular expression")
+    root.get_by_role("searchbox").fill("best")
+    root.get_by_role("link", name="the best").click()
+    expect(root).to_be_hidden()
+    expect(page.locator("#content")).to_be_visible()
