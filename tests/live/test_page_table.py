@@ -104,6 +104,10 @@ def test_the_best_of_twenty_runs_is_on_top_and_what_differs_is_beside_it(
     expect(table.cell("run-01", "best val_loss").locator(".winner")).to_contain_text("0.25")
     expect(table.cell("run-02", "best val_loss").locator(".winner")).to_have_count(0)
     expect(table.cell("run-03", "State")).to_contain_text("failed")
+    expect(table.cell("run-03", "Health")).to_have_text("1 problem")
+    cut = "cell => cell.scrollWidth > cell.clientWidth"
+    assert not table.cell("run-19", "Progress").evaluate(cut)
+    assert not table.cell("run-18", "Progress").evaluate(cut)
     expect(table.cell("run-04", "Health")).to_have_text("csv disabled")
     expect(table.cell("run-19", "Progress")).to_contain_text("75.0 %")
     expect(table.cell("run-05", "Folder")).to_have_text("sweep-1/run-05")

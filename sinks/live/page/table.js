@@ -311,7 +311,7 @@ function widths(rows, shown, now) {
   const longest = (texts) => texts.reduce((most, one) => Math.max(most, one.length), 0);
   const names = longest(sample.map((row) => row.label));
   const others = shown.map((one) => {
-    if (one.id === "progress") return "17ch";
+    if (one.id === "progress") return rows.some((row) => row.left_s !== null) ? "33ch" : "21ch";
     if (one.id === "status") return "14ch";
     const content = longest(sample.map((row) => one.show(one.of(row, now) ?? null, now)));
     return `${Math.min(27, Math.max(Math.min(one.head.length + 1, 18), content) + 3)}ch`;
@@ -359,8 +359,10 @@ function Cell({ row, column, now, best }) {
   if (column.id === "status") return html`<td><${State} row=${row} /></td>`;
   if (column.id === "progress") return html`<td><${Progress} row=${row} /></td>`;
   if (column.id === "health") {
-    const text = value || (row.problems.length ? `${count(row.problems.length)} problems` : WELL.has(row.status) ? "ok" : NONE);
-    return html`<td class=${value ? "unhealthy" : "hint"} title=${[text, ...row.problems].join("\n")}>${text}</td>`;
+    const { length } = row.problems;
+    const problems = length ? `${count(length)} ${length === 1 ? "problem" : "problems"}` : null;
+    const text = value || (problems ?? (WELL.has(row.status) ? "ok" : NONE));
+    return html`<td class=${value || problems ? "unhealthy" : "hint"} title=${[text, ...row.problems].join("\n")}>${text}</td>`;
   }
   if (column.id === "tags")
     return html`<td title=${value}>${row.notes.tags.map((tag) => html`<span class="tag">${tag}</span> `)}</td>`;
