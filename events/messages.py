@@ -302,6 +302,55 @@ class ImageLogged(Event, frozen=True, gc=False, tag=True):
     droppable: ClassVar[bool] = True
 
 
+class AudioLogged(Event, frozen=True, gc=False, tag=True):
+    """A sound was written to a WAV file in the run folder."""
+
+    name: str
+    path: str
+    """Relative to the run folder, with slashes."""
+    rate: Int64 = 0
+    """Samples per second and channel."""
+    channels: Int64 = 0
+    frames: Int64 = 0
+    """Samples per channel."""
+    nbytes: Int64 = 0
+    key: str | None = None
+    of_seq: Int64 | None = None
+
+    droppable: ClassVar[bool] = True
+
+
+TableCell = bool | int | float | str | None
+"""A cell of a logged table; numbers that are not finite are texts, such as ``NaN``."""
+
+
+class TableContent(msgspec.Struct):
+    """The content of the file of `TableLogged`, in JSON."""
+
+    columns: list[str]
+    rows: list[list[TableCell]]
+    cut: str | None = None
+    """As in `TableLogged`."""
+
+
+class TableLogged(Event, frozen=True, gc=False, tag=True):
+    """A table was written to a file in the run folder, as JSON of `TableContent`."""
+
+    name: str
+    path: str
+    """Relative to the run folder, with slashes."""
+    columns: list[str] = []
+    rows: Int64 = 0
+    """Rows in the file."""
+    cut: str | None = None
+    """The kept part if something was cut, in words: ``the first 1,000 of 5,000 rows``."""
+    nbytes: Int64 = 0
+    key: str | None = None
+    of_seq: Int64 | None = None
+
+    droppable: ClassVar[bool] = True
+
+
 class TextLogged(Event, frozen=True, gc=False, tag=True):
     """A text, logged under a name."""
 
@@ -736,6 +785,8 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     MetricsLogged,
     HistogramLogged,
     ImageLogged,
+    AudioLogged,
+    TableLogged,
     TextLogged,
     TraceSaved,
     SystemSampled,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from events.checkpoint.settings import Checkpoints as Checkpoints
     from events.sink import Delivery as Delivery
     from trainer.arguments import TrainerArguments as TrainerArguments
+    from trainer.audio import Audio as Audio
     from trainer.callback_interface import CallbackInterface as CallbackInterface
     from trainer.callback_interface import fenced as fenced
     from trainer.callback_interface import inline as inline
@@ -38,11 +39,13 @@ if TYPE_CHECKING:
     from trainer.module_interface import Stage as Stage
     from trainer.remote.connect import connect as connect
     from trainer.remote.launch import launch as launch
+    from trainer.tables import Table as Table
     from trainer.trainer import Trainer as Trainer
     from trainer.tuning.batch_size import find_batch_size as find_batch_size
     from trainer.tuning.learning_rate import find_learning_rate as find_learning_rate
 
 __all__ = [
+    "Audio",
     "CallbackInterface",
     "Checkpoints",
     "Delivery",
@@ -54,6 +57,7 @@ __all__ = [
     "RunTerminated",
     "Schedule",
     "Stage",
+    "Table",
     "Trainer",
     "TrainerArguments",
     "connect",
@@ -67,6 +71,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Audio": "trainer.audio",
     "CallbackInterface": "trainer.callback_interface",
     "Checkpoints": "events.checkpoint.settings",
     "Delivery": "events.sink",
@@ -76,6 +81,7 @@ _HOMES = {
     "RunInterrupted": "trainer.errors",
     "RunTerminated": "trainer.errors",
     "Schedule": "trainer.loop.schedule",
+    "Table": "trainer.tables",
     "Trainer": "trainer.trainer",
     "TrainerArguments": "trainer.arguments",
     "connect": "trainer.remote.connect",

@@ -15,10 +15,12 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import torch
 
+from trainer.audio import Audio
 from trainer.data.tensors import parts_of
 from trainer.hooks.metric_objects import MetricObject, is_metric
 from trainer.media import Histogram, Image, Logged, as_logged
 from trainer.peers import CALLS
+from trainer.tables import Table
 
 HOOKS: tuple[str, ...] = (
     "on_begin_train_epoch",
@@ -196,11 +198,11 @@ class CallbackInterface(ABC):
     def log(
         self,
         name: str,
-        value: float | int | torch.Tensor | Histogram | Image | str | Any,
+        value: float | int | torch.Tensor | Histogram | Image | Audio | Table | str | Any,
         *,
         reduce: Reduction = "mean",
     ) -> None:
-        """Record a number under a name, for a `MetricsLogged` event; or a histogram, an image, a figure or a text.
+        """Record a number under a name, for a `MetricsLogged` event; or a histogram, image, figure, sound, table, text.
 
         Does nothing outside of a run. Call it from a step or a hook, on any thread. It waits neither for the device
         nor for an observer: a tensor is read later, with the value that it has now. Under `torch.compile` it runs
@@ -217,9 +219,9 @@ class CallbackInterface(ABC):
             name: Not empty, and not the name of a built-in metric, such as ``train_loss`` or ``lr``. Each name is one
                 series: use different names in training and validation.
             value: A number (also NumPy's) or a real tensor of one element, of any shape, on any device. A
-                `trainer.Histogram` or `trainer.Image`; a matplotlib figure, which is drawn at once, on the calling
-                thread (so prefer a hook of the observer lane to a step); or a text. Images, figures and long texts
-                are written to files in the run folder, on a thread of their own. Or a metric object.
+                `Histogram`, `Image`, `Audio` or `Table` of `trainer`, or a pandas DataFrame; a matplotlib figure, which
+                is drawn at once, on the calling thread (so prefer a hook of the observer lane to a step); or a text.
+                All but histograms and short texts become files, on a thread of their own. Or a metric object.
             reduce: How the numbers of a name become one, if it is logged several times in an evaluation of a
                 dataloader, or by the micro-batches of a step: the mean, weighted as the loss is; the last; the
                 largest; or the sum. Each name has one. Batches of weight 0 do not count. A hook off the loop's thread

@@ -1,8 +1,8 @@
-"""Histograms, images, figures and texts that a module logs.
+"""Histograms, images, figures, sounds, tables and texts that a module logs.
 
-A histogram is computed on its tensor's device, and read later like any number. Images and long texts are encoded and
-written to files in the run folder by a thread of their own; the event carries the path and is published when the file
-is complete.
+A histogram is computed on its tensor's device, and read later like any number. All others but short texts are encoded
+and written to files in the run folder by a thread of their own; the event carries the path and is published when the
+file is complete.
 """
 
 from __future__ import annotations
@@ -22,10 +22,21 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 import torch
 
 from events.log import in_this_run, logger
-from events.messages import Event, ImageLogged, ObserverDropped, OperatorTime, TextLogged
+from events.messages import (
+    AudioLogged,
+    Event,
+    ImageLogged,
+    ObserverDropped,
+    OperatorTime,
+    TableLogged,
+    TextLogged,
+)
 from events.origin import Header, Origin
 from events.safe_files import make_folder_below, replace_below
+from trainer.audio import Audio
 from trainer.data.tensor_state import bytes_of
+from trainer.device_copy import DeviceCopy
+from trainer.tables import Table, is_frame
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -106,25 +117,19 @@ class Image:
     def __init__(self, pixels: object) -> None:
         if importlib.util.find_spec("PIL") is None:
             raise ImportError("trainer.Image needs Pillow: pip install 'stagecast[media]'")
-        self._copied: torch.cuda.Event | None = None
-        self._content: torch.Tensor | Picture
+        self._content: DeviceCopy | Picture
         if _is_picture(pixels):
             self._content = pixels.copy()
             self.nbytes = pixels.width * pixels.height * 4
             return
         self._content = _copied_pixels(pixels if isinstance(pixels, torch.Tensor) else _of_array(pixels))
         self.nbytes = self._content.nbytes
-        if self._content.is_cuda:
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
 
     def encode(self) -> bytes:
         """The image as PNG. Waits for the device of the pixels, so it must not run on the loop's thread."""
         picture = self._content
-        if isinstance(picture, torch.Tensor):
-            if self._copied is not None:
-                self._copied.synchronize()  # WAIT: for the device, on the media thread
-            picture = _picture_of(picture)
+        if isinstance(picture, DeviceCopy):
+            picture = _picture_of(picture.read())
         elif picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
             picture = picture.convert("RGB")
         file = io.BytesIO()
@@ -162,16 +167,20 @@ class SavedTrace(NamedTuple):
     operators: list[OperatorTime]
 
 
-Logged = Histogram | Image | Drawn | LoggedText | SavedTrace
+Written = Image | Drawn | Audio | Table | LoggedText
+"""Values that `MediaWriter` writes to files."""
+Logged = Histogram | Written | SavedTrace
 """Values of `ModuleInterface.log` other than numbers, as they are recorded."""
 
 
 def as_logged(value: object) -> Logged | None:
-    """Convert a histogram, image, figure or text on the calling thread; None for other values."""
-    if isinstance(value, Histogram | Image | SavedTrace):
+    """Convert a histogram, image, figure, sound, table or text on the calling thread; None for other values."""
+    if isinstance(value, Histogram | Image | Audio | Table | SavedTrace):
         return value
     if isinstance(value, str):
         return LoggedText(value)
+    if is_frame(value):
+        return Table(value)
     savefig = getattr(value, "savefig", None)
     return Drawn(savefig) if callable(savefig) else None
 
@@ -188,7 +197,7 @@ def _of_array(pixels: object) -> torch.Tensor:
     return tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
 
 
-def _copied_pixels(pixels: torch.Tensor) -> torch.Tensor:
+def _copied_pixels(pixels: torch.Tensor) -> DeviceCopy:
     shape = tuple(pixels.shape)
     if not (pixels.ndim == 2 or (pixels.ndim == 3 and shape[0] in _MODES)) or not pixels.numel():
         raise ValueError(
@@ -197,13 +206,12 @@ def _copied_pixels(pixels: torch.Tensor) -> torch.Tensor:
         )
     if not (pixels.dtype.is_floating_point or pixels.dtype is torch.uint8):
         raise TypeError(f"Image() got {pixels.dtype}; pass uint8 from 0 to 255, or floating-point from 0 to 1")
-    return pixels.detach().clone()
+    return DeviceCopy(pixels)
 
 
 def _picture_of(pixels: torch.Tensor) -> Picture:
     from PIL.Image import frombytes
 
-    pixels = pixels.cpu()  # on the media thread, after the copy is complete
     if pixels.ndim == 2:
         pixels = pixels.unsqueeze(0)
     if pixels.dtype is not torch.uint8:
@@ -213,9 +221,12 @@ def _picture_of(pixels: torch.Tensor) -> Picture:
     return frombytes(_MODES[channels], (width, height), data)
 
 
+_KINDS: dict[type, str] = {Audio: "a sound", Table: "a table"}
+
+
 class _Item(NamedTuple):
     name: str
-    what: Image | Drawn | LoggedText
+    what: Written
     header: Header
     key: str | None
     of_seq: int | None
@@ -223,7 +234,7 @@ class _Item(NamedTuple):
 
 
 class MediaWriter:
-    """Writes logged images and texts to files and publishes their events; its queue is bounded in count and bytes.
+    """Writes logged images, sounds, tables and texts to files and publishes their events; its queue is bounded.
 
     Args:
         folder: The run folder, or None.
@@ -246,12 +257,11 @@ class MediaWriter:
         self._numbers = 0
         self._warned: set[str] = set()
 
-    def add(
-        self, name: str, what: Image | Drawn | LoggedText, header: Header, key: str | None, of_seq: int | None
-    ) -> None:
+    def add(self, name: str, what: Written, header: Header, key: str | None, of_seq: int | None) -> None:
         """Enqueue one value. Any thread; never waits: a value beyond the limits is dropped, and counted."""
         if self._folder is None and not isinstance(what, LoggedText):
-            self._warn_once(f"{name!r} is not stored: an image needs a run folder; set run_dir or enable the journal")
+            kind = _KINDS.get(type(what), "an image")
+            self._warn_once(f"{name!r} is not stored: {kind} needs a run folder; set run_dir or enable the journal")
             return
         nbytes = 4 * len(what.text) if isinstance(what, LoggedText) else what.nbytes
         with self._lock:
@@ -296,19 +306,51 @@ class MediaWriter:
             del item
 
     def _written(self, item: _Item) -> Event:
-        header, name, what = item.header, item.name, item.what
+        header, name, what, key, of_seq = item.header, item.name, item.what, item.key, item.of_seq
         if isinstance(what, LoggedText):
             path = self._write(name, header, what.text.encode("utf-8", "surrogatepass"), "txt")
-            return TextLogged(
-                *header, name=name, text=what.text[:INLINE_TEXT], path=path, key=item.key, of_seq=item.of_seq
+            return TextLogged(*header, name=name, text=what.text[:INLINE_TEXT], path=path, key=key, of_seq=of_seq)
+        if isinstance(what, Audio):
+            wav = what.encode()
+            if wav.problem:
+                self._warn_once(f"{name!r}: {wav.problem}", name)
+            return AudioLogged(
+                *header,
+                name=name,
+                path=self._file(name, header, wav.data, "wav"),
+                rate=what.rate,
+                channels=wav.channels,
+                frames=wav.frames,
+                nbytes=len(wav.data),
+                key=key,
+                of_seq=of_seq,
+            )
+        if isinstance(what, Table):
+            table = what.encode()
+            if table.cut:
+                self._warn_once(f"{name!r} has {table.cut}", name)
+            return TableLogged(
+                *header,
+                name=name,
+                path=self._file(name, header, table.data, "json"),
+                columns=table.columns,
+                rows=table.rows,
+                cut=table.cut,
+                nbytes=len(table.data),
+                key=key,
+                of_seq=of_seq,
             )
         png = what.encode()
         width, height = struct.unpack(">II", png[16:24])  # PNG, section 11.2.2: the header chunk comes first
-        path = self._write(name, header, png, "png")
-        assert path is not None
+        path = self._file(name, header, png, "png")
         return ImageLogged(
-            *header, name=name, path=path, width=width, height=height, nbytes=len(png), key=item.key, of_seq=item.of_seq
+            *header, name=name, path=path, width=width, height=height, nbytes=len(png), key=key, of_seq=of_seq
         )
+
+    def _file(self, name: str, header: Header, data: bytes, ending: str) -> str:
+        path = self._write(name, header, data, ending)
+        assert path is not None  # `add` takes only texts without a run folder
+        return path
 
     def _write(self, name: str, header: Header, data: bytes, ending: str) -> str | None:
         if self._folder is None:
@@ -322,9 +364,10 @@ class MediaWriter:
         replace_below(self._folder, path, data, durable=False)
         return path
 
-    def _warn_once(self, problem: str) -> None:
-        if problem not in self._warned and len(self._warned) < 100:
-            self._warned.add(problem)
+    def _warn_once(self, problem: str, about: str | None = None) -> None:
+        """Warn once about each problem, or about each thing that problems are ``about``."""
+        if (about or problem) not in self._warned and len(self._warned) < 100:
+            self._warned.add(about or problem)
             logger.warning(problem)
 
     def _publish_drops(self) -> None:

@@ -14,6 +14,7 @@ from events.journal.lines import event_of, mended
 from events.journal.reader import JournalReader, SkippedLine
 from events.journal.segment import SegmentLines, segment_numbers
 from events.messages import (
+    AudioLogged,
     BackwardEnded,
     Event,
     HistogramLogged,
@@ -25,6 +26,7 @@ from events.messages import (
     NonFiniteLoss,
     RunResumed,
     StepSkipped,
+    TableLogged,
     TestEpochEnded,
     TestEpochStarted,
     TestStepEnded,
@@ -52,6 +54,8 @@ SUPERSEDED_TYPES: tuple[type[Event], ...] = (
     MetricsLogged,
     HistogramLogged,
     ImageLogged,
+    AudioLogged,
+    TableLogged,
     TextLogged,
     MonitorMissing,
     NonFiniteLoss,

@@ -15,7 +15,7 @@ import msgspec
 
 from events.errors import SinkMisconfigured
 from events.log import logger
-from events.messages import Event, ImageLogged, TextLogged
+from events.messages import AudioLogged, Event, ImageLogged, TableLogged, TextLogged
 from events.safe_files import UnsafeFile, make_folder_below, open_below, read_below
 from events.sink import RunInfo
 
@@ -220,8 +220,12 @@ def _explained() -> Iterator[None]:
         raise SinkMisconfigured(f"{error}; remove it, or name another path") from error
 
 
-def read_media(run_dir: str | None, event: ImageLogged | TextLogged, user: str) -> bytes | None:
-    """Read the file of an image or a text in the run folder, following no link.
+Media = ImageLogged | AudioLogged | TableLogged | TextLogged
+"""Events that may name a file of the run folder."""
+
+
+def read_media(run_dir: str | None, event: Media, user: str) -> bytes | None:
+    """Read the file of an image, sound, table or text in the run folder, following no link.
 
     Returns:
         None, with a warning, if the file was deleted or is unsafe: a retry cannot help.

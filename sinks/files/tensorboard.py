@@ -23,12 +23,23 @@ import msgspec
 
 from events.bounds import INT_MAX
 from events.log import logger
-from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunResumed, RunStarted, TextLogged
+from events.messages import (
+    AudioLogged,
+    Event,
+    HistogramLogged,
+    ImageLogged,
+    RunEnded,
+    RunResumed,
+    RunStarted,
+    TableLogged,
+    TextLogged,
+)
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
 from sinks.files.appended import (
     AppendedFile,
+    Media,
     check_path,
     make_folders,
     newer,
@@ -40,22 +51,24 @@ from sinks.files.appended import (
     warn_of_another,
 )
 from sinks.files.event_files import EVENT_FILE, Mark, continue_in, encode_scalars, event_records, mark_record
+from sinks.files.tables import markdown_of, read_table
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
 
 class TensorBoard(Strict, frozen=True):
-    """Writes numbers, histograms, images, texts, and the arguments as hyperparameters for TensorBoard::
+    """Writes numbers, histograms, images, audio, texts, and the arguments as hyperparameters for TensorBoard::
 
         Trainer(module, arguments, sinks=[TensorBoard()]).train()
         $ tensorboard --logdir runs
 
     Numbers have their names in `events.metrics.metrics_of`, their ``global_step`` and the time of their event;
-    TensorBoard stores them in single precision. The arguments, nested ones as ``outer/inner``, appear in the tab
-    HPARAMS with all numbers of all runs below TensorBoard's folder. A resumed run writes a new file to the same folder,
-    and makes TensorBoard hide the superseded steps. Each event is written once: a replay to the run's own folder only
-    adds missing events at the end. Only one run at a time may write to a folder.
+    TensorBoard stores them in single precision. It has no tables: texts show their first 100 rows. The
+    arguments, nested ones as ``outer/inner``, appear in the tab HPARAMS with all numbers of all runs below
+    TensorBoard's folder. A resumed run writes a new file to the same folder, and makes TensorBoard hide the superseded
+    steps. Each event is written once: a replay to the run's own folder only adds missing events at the end. Only one
+    run at a time may write to a folder.
 
     For other data, use tensorboardX's own writer, which writes to the same file::
 
@@ -72,7 +85,8 @@ class TensorBoard(Strict, frozen=True):
     # Lossless, because gaps in a curve are invisible. A latency of one second makes thousands of events one write, and
     # does not show, because TensorBoard polls every few seconds.
     delivery: ClassVar[Delivery] = Delivery(
-        types=METRIC_TYPES | {RunStarted, RunResumed, RunEnded, HistogramLogged, ImageLogged, TextLogged},
+        types=METRIC_TYPES
+        | {RunStarted, RunResumed, RunEnded, HistogramLogged, ImageLogged, AudioLogged, TableLogged, TextLogged},
         overflow="catch_up",
         latency_s=1.0,
         batch=8_192,
@@ -194,6 +208,12 @@ class TensorBoardWriter:
             case ImageLogged():
                 data = read_media(self._run_dir, event, "TensorBoard")
                 value = None if data is None else messages.image(event, data)
+            case AudioLogged():
+                data = read_media(self._run_dir, event, "TensorBoard")
+                value = None if data is None else messages.audio(event, data)
+            case TableLogged():
+                table = read_table(self._run_dir, event, "TensorBoard")
+                value = None if table is None else messages.text(_tag(event), markdown_of(table))
             case TextLogged():
                 value = messages.text(_tag(event), read_text(self._run_dir, event, "TensorBoard"))
             case RunStarted():
@@ -285,6 +305,17 @@ class _Messages:
         image = self._summary.Summary.Image(height=height, width=width, encoded_image_string=data)
         return self._summary.Summary.Value(tag=_tag(event), image=image)
 
+    def audio(self, event: AudioLogged, data: bytes) -> object:
+        """An encoded sound."""
+        audio = self._summary.Summary.Audio(
+            sample_rate=event.rate,
+            num_channels=event.channels,
+            length_frames=event.frames,
+            encoded_audio_string=data,
+            content_type="audio/wav",
+        )
+        return self._summary.Summary.Value(tag=_tag(event), audio=audio)
+
     def text(self, tag: str, text: bytes) -> object:
         """A text under exactly this tag, to which tensorboardX would append a suffix."""
         value = self._summaries.text(tag, text.decode("utf-8", "replace")).value[0]
@@ -346,7 +377,7 @@ def _flat(value: object, name: str) -> list[tuple[str, bool | float | str]]:
     return [(_unicode(name), value)]
 
 
-def _tag(event: HistogramLogged | ImageLogged | TextLogged) -> str:
+def _tag(event: HistogramLogged | Media) -> str:
     return _unicode(metric_name(event.name, event.key))
 
 

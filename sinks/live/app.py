@@ -15,7 +15,7 @@ its connections itself when the server shuts down (`sinks.live.shutdown`).
 ``GET /api/runs/RUN_ID/journal``          the events behind ``?since=SEQ``, as JSON lines
 ``POST /api/runs/RUN_ID/commands``        a command
 ``POST /api/runs/RUN_ID/notes``           a change of its name, colour, note and tags
-``GET /api/runs/RUN_ID/media/PATH``       an image in the run folder
+``GET /api/runs/RUN_ID/media/PATH``       an image, sound or table in the run folder
 ``/api/push/PROJECT/...``                 runs that are pushed here (`sinks.live.pushes`)
 ========================================  ================================================================
 """

@@ -16,7 +16,7 @@ _LIBRARY = "uPlot.iife.min.js"
 # The document makes no requests, and neither can the content of an untrusted run.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; img-src data: blob:;"
-    " connect-src data:; base-uri 'none'; form-action 'none'"
+    " media-src data: blob:; connect-src data:; base-uri 'none'; form-action 'none'"
 )
 _SAFE = " !\"$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 """Characters of a module that a data address may have as they are, so that the document compresses well."""

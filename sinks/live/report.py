@@ -15,6 +15,7 @@ from events.run.pushed import is_pushed
 from events.safe_files import replace_below
 from events.table.columns import page_row
 from events.table.gather import FoundRun, gather_runs
+from sinks.format import format_bytes
 from sinks.live.images import open_image
 from sinks.live.report_file import ReportRun, document
 from sinks.live.series import thinned
@@ -48,7 +49,7 @@ def write_report(
 ) -> Report:
     """Write a report of runs, which it shows over each other. Waits for the disk.
 
-    The file is written atomically. Its curves have as many points as fit 1 MB, images apart; points beyond that are
+    The file is written atomically. Its curves have as many points as fit 1 MB, media apart; points beyond that are
     merged, with their lowest and highest value, and the best and last values stay exact.
 
     Args:
@@ -66,6 +67,7 @@ def write_report(
     most = math.inf if full else _MOST_POINTS // min(len(found), MOST_RUNS)
     runs: list[ReportRun] = []
     media: dict[str, str] = {}
+    skipped = 0
     damaged: list[str] = []
     for one in found:
         if len(runs) == MOST_RUNS:
@@ -79,13 +81,13 @@ def write_report(
             on_damage(one.path, damage)
         if view.run.run_id:
             runs.append(_report_run(one, view, most))
-            media |= _media(one, view, MOST_MEDIA_BYTES - sum(map(len, media.values())) * 3 // 4)
+            found_media, more = _media(one, view, MOST_MEDIA_BYTES - sum(map(len, media.values())) * 3 // 4)
+            media |= found_media
+            skipped += more
     if not runs:
         raise RunFolderError(damaged[0])
     first = found[0].entry
-    notices = []
-    if len(runs) == MOST_RUNS < len(found):
-        notices.append(f"the curves are those of {MOST_RUNS:,} of {len(found):,} runs; the table has all")
+    notices = _notices(len(runs), len(found), skipped)
     data = {
         "title": title or (first.label if len(found) == 1 else f"{len(found):,} runs"),
         "notes": notes,
@@ -95,6 +97,16 @@ def write_report(
     page, missing = document(data, media, runs, full=full)
     path = Path(out)
     return Report(replace_below(path.parent, path.name, page), [*notices, *missing])
+
+
+def _notices(shown: int, found: int, skipped: int) -> list[str]:
+    notices = []
+    if shown == MOST_RUNS < found:
+        notices.append(f"the curves are those of {MOST_RUNS:,} of {found:,} runs; the table has all")
+    if skipped:
+        room = format_bytes(MOST_MEDIA_BYTES)
+        notices.append(f"{skipped:,} images, sounds and tables are missing: a file has room for {room} of them")
+    return notices
 
 
 def _report_run(one: FoundRun, view: RunView, most: float) -> ReportRun:
@@ -111,21 +123,24 @@ def _report_run(one: FoundRun, view: RunView, most: float) -> ReportRun:
     return ReportRun(one.entry, view.snapshot(), curves, log, points)
 
 
-def _media(one: FoundRun, view: RunView, room: int) -> dict[str, str]:
-    """Return the images, the newest first, by their address on the page."""
+def _media(one: FoundRun, view: RunView, room: int) -> tuple[dict[str, str], int]:
+    """Return images, sounds and tables, the newest first, by their address on the page; and how many had no room."""
     found: dict[str, str] = {}
+    skipped = 0
     for shown in reversed(view.media):
         path = str(shown.path)
         address = f"{one.entry.name}/{path}"
-        if shown.kind != "image" or not path.startswith("media/") or address in found:
+        if shown.kind == "text" or not path.startswith("media/") or address in found:
             continue
         try:
-            image = open_image(one.path, path)
-        except (OSError, ValueError):  # deleted, or not an image of the run
+            file = open_image(one.path, path)
+        except (OSError, ValueError):  # deleted, or not of the run
             continue
-        with image.file:
-            room -= image.size
-            if room < 0:
-                break
-            found[address] = f"data:image/png;base64,{base64.b64encode(image.file.read(image.size)).decode()}"
-    return found
+        with file.file:
+            if file.size > room:
+                skipped += 1
+                continue
+            room -= file.size
+            content = base64.b64encode(file.file.read(file.size)).decode()
+            found[address] = f"data:{file.media_type};base64,{content}"
+    return found, skipped

@@ -34,7 +34,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
-    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    " media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "cache-control": "no-store",
 }
 """Of every response, unless it sets them itself."""
@@ -140,7 +140,9 @@ async def send_image(
         if Headers(scope=scope).get("if-none-match") == image.etag:
             await unchanged(image.etag)(scope, receive, send)
             return
-        start = BoundedResponse(headers={**kept(image.etag), "content-length": str(image.size)}, media_type="image/png")
+        start = BoundedResponse(
+            headers={**kept(image.etag), "content-length": str(image.size)}, media_type=image.media_type
+        )
         if scope["method"] == "HEAD":
             await start(scope, receive, send)
             return

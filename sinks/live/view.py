@@ -14,6 +14,7 @@ import msgspec
 from events.bounds import MAX_LINE_CHARS, BoundDict, BoundList, BoundName, BoundText, Int64, UnixTime
 from events.health import ObserverState
 from events.messages import (
+    AudioLogged,
     Event,
     HistogramLogged,
     ImageLogged,
@@ -22,6 +23,7 @@ from events.messages import (
     RankReported,
     RunEnded,
     RunResumed,
+    TableLogged,
     TextLogged,
     WarningLogged,
 )
@@ -62,25 +64,27 @@ class LogEntry(msgspec.Struct, omit_defaults=True):
 
 
 class MediaEntry(msgspec.Struct):
-    """An image or a text."""
+    """An image, a sound, a table or a text."""
 
     name: BoundName
     global_step: Int64
     time: UnixTime
-    kind: Literal["image", "text"]
+    kind: Literal["image", "audio", "table", "text"]
     path: BoundName | None
     width: Int64 | None = None
     height: Int64 | None = None
     text: BoundText | None = None
 
 
-class HistogramStep(msgspec.Struct):
+class HistogramStep(msgspec.Struct, omit_defaults=True):
     """One step of a histogram."""
 
     step: Int64
     low: float
     high: float
     counts: BoundList[float]
+    skipped: int = 0
+    """Steps before it that were logged, but are not kept."""
 
 
 class Changes(msgspec.Struct):
@@ -277,17 +281,32 @@ class RunView(RunState, dict=True):
                     row = HistogramStep(event.global_step, event.low, event.high, event.counts)
                     rows = self.histograms.setdefault(name, [])
                     rows.append(row)
-                    del rows[: -max(1, min(MAX_STEPS_OF_A_HISTOGRAM, MAX_COUNTS // len(event.counts)))]
+                    _thin(rows, min(MAX_STEPS_OF_A_HISTOGRAM, MAX_COUNTS // len(event.counts)))
                     changes.histograms.setdefault(name, []).append(row)
-            case ImageLogged() | TextLogged():
+            case ImageLogged() | AudioLogged() | TableLogged() | TextLogged():
                 one = MediaEntry(metric_name(event.name, event.key), event.global_step, event.time, "text", event.path)
                 if isinstance(event, ImageLogged):
                     one.kind, one.width, one.height = "image", event.width, event.height
+                elif isinstance(event, AudioLogged):
+                    one.kind = "audio"
+                elif isinstance(event, TableLogged):
+                    one.kind = "table"
                 else:
                     one.text = event.text
                 self.media.append(one)
                 del self.media[:-MAX_MEDIA]
                 changes.media.append(one)
+
+
+def _thin(rows: list[HistogramStep], most: int) -> None:
+    """Remove rows until few enough are left: where the steps are densest, and neither the first nor the last, if two
+    may stay. The page removes the same ones (``thinned`` in ``rebin.js``)."""
+    while len(rows) > max(2, most):
+        at = min(range(1, len(rows) - 1), key=lambda at: rows[at + 1].step - rows[at - 1].step)
+        gone = rows.pop(at)
+        rows[at] = msgspec.structs.replace(rows[at], skipped=rows[at].skipped + gone.skipped + 1)
+    if most < 2:
+        del rows[:-1]
 
 
 def _detail_of(event: Event) -> str | None:

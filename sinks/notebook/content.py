@@ -31,7 +31,7 @@ _FEWEST_POINTS = 8
 """Of a curve, however many there are."""
 _MOST_LINES = 200
 """Maximum lines of the log, and maximum checkpoints, where the points of curves had to be reduced."""
-FILES = ("image", "audio")
+FILES = ("image", "audio", "table")
 """Media that are files of the run folder, which a notebook's page cannot reach."""
 
 

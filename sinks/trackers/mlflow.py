@@ -17,11 +17,12 @@ import msgspec
 
 from events.errors import SinkMisconfigured
 from events.masking import masked_url
-from events.messages import Event, ImageLogged, RunEnded, RunStarted, TextLogged
+from events.messages import AudioLogged, Event, ImageLogged, RunEnded, RunStarted, TableLogged, TextLogged
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
-from sinks.files.appended import Position, newer, position_of, read_media, read_text
+from sinks.files.appended import Media, Position, newer, position_of, read_media, read_text
+from sinks.files.tables import read_table
 from sinks.trackers.address import is_http_address
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ REASON_TAG = "stagecast.reason"
 COMMIT_TAG = "mlflow.source.git.commit"
 """The tag by which MLflow shows the version of a run's source."""
 
+_KINDS = {ImageLogged: "images .png", AudioLogged: "audio .wav", TableLogged: "tables .json", TextLogged: "texts .txt"}
 _METRICS = 1_000
 """Maximum metrics per request of a server."""
 _REQUEST_BYTES = 900_000
@@ -97,7 +99,7 @@ class MLflow(Strict, frozen=True):
     # Lossless, with retries for half a day, because a restarted server must not miss data. Each batch is a request, so
     # few large batches are cheaper.
     delivery: ClassVar[Delivery] = Delivery(
-        types=METRIC_TYPES | {RunStarted, RunEnded, ImageLogged, TextLogged},
+        types=METRIC_TYPES | {RunStarted, RunEnded, ImageLogged, AudioLogged, TableLogged, TextLogged},
         overflow="catch_up",
         latency_s=1.0,
         batch=4_096,
@@ -209,10 +211,8 @@ class MLflowWriter:
         match event:
             case RunStarted():
                 self._log_arguments(event)
-            case ImageLogged():
-                self._log_image(event)
-            case TextLogged():
-                self._log_text(event)
+            case ImageLogged() | AudioLogged() | TableLogged() | TextLogged():
+                self._log_media(event)
             case RunEnded():
                 self._end(event)
             case _:
@@ -238,14 +238,19 @@ class MLflowWriter:
         if event.config:
             self._upload("", "config.json", msgspec.json.format(msgspec.json.encode(event.config), indent=2))
 
-    def _log_image(self, event: ImageLogged) -> None:
-        suffix = posixpath.splitext(event.path)[1] or ".png"
-        if (data := read_media(self._run_dir, event, "MLflow")) is not None:
-            self._upload(_folder("images", event), f"{event.global_step:08d}{suffix}", data)
-
-    def _log_text(self, event: TextLogged) -> None:
-        data = read_text(self._run_dir, event, "MLflow")
-        self._upload(_folder("texts", event), f"{event.global_step:08d}.txt", data)
+    def _log_media(self, event: Media) -> None:
+        """Store a file; that of a table has the format of `mlflow.log_table`, which pandas calls ``split``."""
+        kind, suffix = _KINDS[type(event)].split()
+        if isinstance(event, TextLogged):
+            data: bytes | None = read_text(self._run_dir, event, "MLflow")
+        elif isinstance(event, TableLogged):
+            table = read_table(self._run_dir, event, "MLflow")
+            data = None if table is None else msgspec.json.encode({"columns": table.columns, "data": table.rows})
+        else:
+            data = read_media(self._run_dir, event, "MLflow")
+        if data is not None:
+            name = mlflow_name(metric_name(event.name, event.key))
+            self._upload(f"{kind}/{name}", f"{event.global_step:08d}{suffix}", data)
 
     def _upload(self, folder: str, name: str, data: bytes) -> None:
         """Store an artifact. The client takes its name from that of a local file."""
@@ -277,10 +282,6 @@ def mlflow_name(name: str) -> str:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{clean[: _KEY_CHARS - 9].rstrip('/')}-{digest}"
-
-
-def _folder(kind: str, event: ImageLogged | TextLogged) -> str:
-    return f"{kind}/{mlflow_name(metric_name(event.name, event.key))}"
 
 
 def _metrics_of(event: Event) -> list[Metric]:

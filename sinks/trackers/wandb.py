@@ -18,15 +18,25 @@ import msgspec
 
 from events.errors import SinkMisconfigured
 from events.masking import masked_url
-from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunStarted, TextLogged
+from events.messages import (
+    AudioLogged,
+    Event,
+    HistogramLogged,
+    ImageLogged,
+    RunEnded,
+    RunStarted,
+    TableLogged,
+    TextLogged,
+)
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
 from sinks.files.appended import check_path, make_folders, newer, position_of, read_media, read_text
+from sinks.files.tables import read_table
 from sinks.trackers.address import is_http_address
 
 if TYPE_CHECKING:
-    from wandb import Histogram, Html, Image, Run, Settings
+    from wandb import Audio, Histogram, Html, Image, Run, Settings, Table
 
 _Row = dict[str, object]
 
@@ -41,7 +51,7 @@ _lock = threading.Lock()  # the client has one background process, and `sys.exit
 
 
 class WandB(Strict, frozen=True):
-    """Logs to Weights & Biases: numbers, histograms, images, texts, the arguments as config, and the run's status::
+    """Logs to Weights & Biases: numbers, histograms, media, the arguments as config, and the run's status::
 
         Trainer(module, arguments, sinks=[WandB(project="digits")]).train()
 
@@ -89,7 +99,7 @@ class WandB(Strict, frozen=True):
 
     # Lossless, because gaps in a curve are invisible. A row costs half a millisecond of Python.
     delivery: ClassVar[Delivery] = Delivery(
-        types=METRIC_TYPES | {RunStarted, RunEnded, HistogramLogged, ImageLogged, TextLogged},
+        types=METRIC_TYPES | {RunStarted, RunEnded, HistogramLogged, ImageLogged, AudioLogged, TableLogged, TextLogged},
         overflow="catch_up",
         latency_s=1.0,
         timeout_s=60.0,
@@ -236,12 +246,16 @@ class WandBWriter:
 
     def _values_of(self, event: Event) -> _Row:
         """The values of an event in its step's row."""
-        value: Histogram | Html | Image | None
+        value: Audio | Histogram | Html | Image | Table | None
         match event:
             case HistogramLogged():
                 value = _histogram(event)
             case ImageLogged():
                 value = self._image(event)
+            case AudioLogged():
+                value = self._audio(event)
+            case TableLogged():
+                value = self._table(event)
             case TextLogged():
                 value = self._text(event)
             case RunStarted():
@@ -271,6 +285,20 @@ class WandBWriter:
 
         data = read_media(self._run_dir, event, "W&B")
         return None if data is None else Image(PilImage.open(io.BytesIO(data), formats=("PNG",)))
+
+    def _audio(self, event: AudioLogged) -> Audio | None:
+        from wandb import Audio
+
+        data = read_media(self._run_dir, event, "W&B")
+        if data is None or self._run_dir is None:
+            return None
+        return Audio(os.path.join(self._run_dir, event.path))
+
+    def _table(self, event: TableLogged) -> Table | None:
+        from wandb import Table
+
+        table = read_table(self._run_dir, event, "W&B")
+        return None if table is None else Table(columns=list(table.columns), data=table.rows, allow_mixed_types=True)
 
     def _text(self, event: TextLogged) -> Html:
         from wandb import Html

@@ -29,8 +29,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 PAGE = Path(__file__).parents[2] / "sinks" / "live" / "page"
 CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 MOST_POINTS = 2_000
 _LEDGER = {
@@ -61,6 +61,7 @@ class FakeRun:
         self.observers: dict[str, dict[str, Any]] = {}
         self.ranks: list[dict[str, Any]] = []
         self.media: list[dict[str, Any]] = []
+        self.files: dict[str, tuple[bytes, str]] = {}
         self.histograms: dict[str, list[dict[str, Any]]] = {}
         self.extra = extra or []
         self.commands: list[dict[str, Any]] = []
@@ -425,7 +426,9 @@ class PageServer:
         return self._refused(request) or JSONResponse(self.runs[request.path_params["run_id"]].snapshot())
 
     async def _media(self, request: Request) -> Response:
-        return self._refused(request) or Response(_png(96, 64), media_type="image/png")
+        files = self.runs[request.path_params["run_id"]].files
+        data, media_type = files.get(request.path_params["path"], (_png(96, 64), "image/png"))
+        return self._refused(request) or Response(data, media_type=media_type)
 
     async def _post(self, request: Request) -> Response:
         if refused := self._refused(request):

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -19,6 +20,7 @@ from live.kit import Told
 
 from events.journal.writer import Journal
 from events.messages import (
+    AudioLogged,
     CheckpointUploaded,
     Event,
     ImageLogged,
@@ -26,9 +28,11 @@ from events.messages import (
     NonFiniteLoss,
     RunEnded,
     RunStarted,
+    TableLogged,
     TrainStepEnded,
 )
 from events.sink import RunInfo
+from sinks.live import report as reports
 from sinks.live import report_file
 from sinks.live.report import write_report
 from sinks.live.series import thinned
@@ -53,13 +57,19 @@ def a_run(folder: Path, run_id: str, steps: int = 20) -> Path:
         MetricsLogged(*header[steps + 1], {EVIL: 1.0, "nan": float("nan")}),
         ImageLogged(*header[steps + 2], "picture", "media/picture/a.png", 1, 1, len(PIXEL)),
         ImageLogged(*header[steps + 3], "elsewhere", "../secret.png", 1, 1, 3),
-        RunEnded(*header[steps + 4], "finished", EVIL),
+        AudioLogged(*header[steps + 4], "speech", "media/picture/a.wav", 8_000, 1, 4, 52),
+        TableLogged(*header[steps + 5], "scores", "media/picture/a.json", ["a"], 1),
+        RunEnded(*header[steps + 6], "finished", EVIL),
     ]
     writer = Journal().open(RunInfo(run_id, run_dir=str(run_dir)))
     writer.write(events)
     writer.close()
     (run_dir / "media/picture").mkdir(parents=True)
     (run_dir / "media/picture/a.png").write_bytes(PIXEL)
+    with wave.open(str(run_dir / "media/picture/a.wav"), "wb") as file:
+        file.setparams((1, 2, 8_000, 0, "NONE", ""))
+        file.writeframes(bytes(8))
+    (run_dir / "media/picture/a.json").write_text('{"columns":["a"],"rows":[["</script>"]],"cut":null}')
     (folder / "secret.png").write_bytes(b"secret")
     return run_dir
 
@@ -292,6 +302,15 @@ def test_a_report_shows_the_length_and_the_problems_of_the_run(
     assert "owned" not in page.title()
 
 
+def test_media_without_room_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest ones that fit are in the file."""
+    monkeypatch.setattr(reports, "MOST_MEDIA_BYTES", 60)
+    made = write_report([a_run(tmp_path, "one")], tmp_path / "out.html")
+    assert [one for one in made.notices if "media" in one or "images" in one] == [
+        "2 images, sounds and tables are missing: a file has room for 60 B of them"
+    ]
+
+
 def test_the_report_shows_its_runs_in_a_browser(tmp_path: Path, visit: Any) -> None:
     """Together, with the image; a link to another run names those in the report; no error, no request."""
     expect = pytest.importorskip("playwright.sync_api").expect
@@ -300,7 +319,12 @@ def test_the_report_shows_its_runs_in_a_browser(tmp_path: Path, visit: Any) -> N
     page = visit(out.as_uri())
     expect(page.locator("#runs-list li")).to_have_count(2)
     page.locator("#media-section").scroll_into_view_if_needed()
-    expect(page.locator('#media img[alt^="picture"]')).to_have_js_property("naturalWidth", 1)
+    pictures = page.locator('#media img[alt^="picture"]')
+    expect(pictures).to_have_count(2)
+    expect(pictures.first).to_have_js_property("naturalWidth", 1)
+    expect(page.locator("#media tbody td")).to_have_text(["</script>", "</script>"])
+    page.wait_for_function("() => document.querySelector('#media audio').duration > 0")
+    expect(page.locator("#media figure").filter(has_text="two").first).to_contain_text("step 22")
     assert page.title().endswith("stagecast")
     assert "owned" not in page.title()
     page = visit(out.as_uri(), "#run=nosuch", loaded=False)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from support.curves import Curves, Logs, curves
 from support.faulty_proxy import Fault, FaultyProxy
@@ -18,11 +20,13 @@ from support.threads import WAIT_S
 
 from events.errors import SinkMisconfigured
 from events.messages import (
+    AudioLogged,
     HistogramLogged,
     ImageLogged,
     MetricsLogged,
     ObserverFailed,
     RunEnded,
+    TableLogged,
     TextLogged,
 )
 from events.sink import Delivery, RunInfo
@@ -345,10 +349,13 @@ def test_arguments_are_parameters_and_a_file(connect: Any, story: Any, look: Any
     assert json.loads(found.read("arguments.json")) == arguments
 
 
-def test_images_and_texts_are_files_by_name_and_step(connect: Any, story: Any, look: Any, tmp_path: Path) -> None:
+def test_media_are_files_by_name_and_step(connect: Any, story: Any, look: Any, tmp_path: Path) -> None:
     """Deleted files are skipped, with the rest intact; histograms are skipped."""
     (tmp_path / "media").mkdir()
     (tmp_path / "media" / "a.png").write_bytes(b"a picture")
+    (tmp_path / "media" / "a.wav").write_bytes(b"a sound")
+    (tmp_path / "media" / "a.json").write_bytes(b'{"columns":["a","b"],"rows":[[1,"x"],[null,0.5]],"cut":null}')
+    (tmp_path / "media" / "bad.json").write_bytes(b'{"columns":["a"],"rows":[[1,2]]}')
     (tmp_path / "media" / "long.txt").write_bytes("lang über".encode())
     story.global_step = 7
     connect().write(
@@ -356,6 +363,9 @@ def test_images_and_texts_are_files_by_name_and_step(connect: Any, story: Any, l
             story(HistogramLogged, name="weights", low=0.0, high=1.0, counts=[1.0]),
             story(ImageLogged, name="samples", path="media/a.png", key="other"),
             story(ImageLogged, name="gone", path="media/gone.png"),
+            story(AudioLogged, name="speech", path="media/a.wav", rate=8_000),
+            story(TableLogged, name="rows", path="media/a.json", columns=["a", "b"], rows=2),
+            story(TableLogged, name="bad", path="media/bad.json"),
             story(TextLogged, name="said", text="hallo ü"),
             story(TextLogged, name="long", text="la", path="media/long.txt"),
         ]
@@ -363,6 +373,11 @@ def test_images_and_texts_are_files_by_name_and_step(connect: Any, story: Any, l
     found = look()
     assert found.files("images/samples/other") == ["images/samples/other/00000007.png"]
     assert found.read("images/samples/other/00000007.png") == b"a picture"
+    assert found.read("audio/speech/00000007.wav") == b"a sound"
+    table = pandas.read_json(io.BytesIO(found.read("tables/rows/00000007.json")), orient="split")
+    assert [*table.columns] == ["a", "b"]
+    assert (table["a"][0], table["b"].tolist()) == (1, ["x", 0.5])
+    assert found.files("tables") == ["tables/rows"]
     assert found.read("texts/said/00000007.txt").decode() == "hallo ü"
     assert found.read("texts/long/00000007.txt").decode() == "lang über"
 

@@ -21,11 +21,13 @@ from support.threads import wait_until
 
 from events.errors import SinkMisconfigured
 from events.messages import (
+    AudioLogged,
     HistogramLogged,
     ImageLogged,
     MetricsLogged,
     ObserverFailed,
     RunEnded,
+    TableLogged,
     TextLogged,
     TrainStepEnded,
     ValEpochEnded,
@@ -298,12 +300,14 @@ def test_strange_names_are_kept_and_those_of_wandb_are_moved(connect: Any, story
         assert log.points(shown) == [(3, 1.0 + index)], name
 
 
-def test_histograms_images_and_texts_are_shown_as_wandb_shows_them(connect: Any, story: Any, tmp_path: Path) -> None:
+def test_histograms_and_media_are_shown_as_wandb_shows_them(connect: Any, story: Any, tmp_path: Path) -> None:
     """More bins than W&B's maximum are merged; deleted files are skipped, with the rest intact."""
     from PIL import Image
 
     (tmp_path / "media").mkdir()
     Image.new("RGB", (4, 3), "red").save(tmp_path / "media" / "a.png")
+    (tmp_path / "media" / "a.wav").write_bytes(b"a sound")
+    (tmp_path / "media" / "a.json").write_bytes(b'{"columns":["a","b"],"rows":[[1,"x"],["NaN",0.5]],"cut":null}')
     (tmp_path / "media" / "long.txt").write_text("long <text>")
     writer = connect()
     story.global_step = 5
@@ -315,6 +319,8 @@ def test_histograms_images_and_texts_are_shown_as_wandb_shows_them(connect: Any,
             story(HistogramLogged, name="nothing", counts=[0.0, 0.0], non_finite=2.0),
             story(ImageLogged, name="samples", path="media/a.png", width=4, height=3, key="other"),
             story(ImageLogged, name="gone", path="media/gone.png"),
+            story(AudioLogged, name="speech", path="media/a.wav", rate=8_000),
+            story(TableLogged, name="rows", path="media/a.json", columns=["a", "b"], rows=2),
             story(TextLogged, name="said", text="<b>&"),
             story(TextLogged, name="long", text="lo", path="media/long.txt"),
         ]
@@ -332,6 +338,11 @@ def test_histograms_images_and_texts_are_shown_as_wandb_shows_them(connect: Any,
     assert (row["samples/other._type"], row["samples/other.width"]) == ("image-file", 4)
     files = log.files[0].parent / "files"
     assert (files / row["samples/other.path"]).exists()
+    assert row["speech._type"] == "audio-file"
+    assert (files / row["speech.path"]).read_bytes() == (tmp_path / "media" / "a.wav").read_bytes() == b"a sound"
+    assert row["rows._type"] == "table-file"
+    table = json.loads((files / row["rows.path"]).read_text())
+    assert (table["columns"], table["data"]) == (["a", "b"], [[1, "x"], ["NaN", 0.5]])
     assert "&lt;b&gt;&amp;" in (files / row["said.path"]).read_text()
     assert "long &lt;text&gt;" in (files / row["long.path"]).read_text()
 

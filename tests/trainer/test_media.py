@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import math
 import threading
+import wave
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import msgspec
 import numpy as np
+import pandas
 import PIL.Image
 import pytest
 import torch
 from support.training import LANES, Net, hooked, logging_net, train
 
 from events.journal.history import read_history
-from events.messages import Event, HistogramLogged, ImageLogged, MetricsLogged, ObserverDropped, StepSkipped, TextLogged
+from events.messages import (
+    AudioLogged,
+    Event,
+    HistogramLogged,
+    ImageLogged,
+    MetricsLogged,
+    ObserverDropped,
+    StepSkipped,
+    TableContent,
+    TableLogged,
+    TextLogged,
+)
 from events.origin import Origin
-from trainer import CallbackInterface, Histogram, Image
+from trainer import Audio, CallbackInterface, Histogram, Image, Table
 from trainer.media import INLINE_TEXT, Drawn, LoggedText, MediaWriter
 
 # ------------------------------------------------------------------------------------------------ bad input
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
 
 
 @pytest.mark.parametrize(
@@ -36,6 +56,24 @@ from trainer.media import INLINE_TEXT, Drawn, LoggedText, MediaWriter
         (lambda: Image(torch.zeros(2, 4, 4)), ValueError, "1, 3 or 4 channels"),
         (lambda: Image(torch.zeros(4, 4, dtype=torch.int64)), TypeError, "int64"),
         (lambda: Image("a.png"), TypeError, "'a.png'"),
+        (lambda: Audio(torch.zeros(2, 3, 4), 8_000), ValueError, "(2, 3, 4)"),
+        (lambda: Audio(torch.zeros(0), 8_000), ValueError, "(time,) or (channels, time)"),
+        (lambda: Audio(torch.zeros(400, 2), 8_000), ValueError, "not (time, channels)"),
+        (lambda: Audio(torch.zeros(1).expand(2**24 + 1), 8_000), ValueError, "log an excerpt"),
+        (lambda: Audio(torch.zeros(4, dtype=torch.int64), 8_000), TypeError, "int64"),
+        (lambda: Audio("a.wav", 8_000), TypeError, "'a.wav'"),
+        (lambda: Audio(torch.zeros(4), 0), ValueError, "rate=0"),
+        (lambda: Audio(torch.zeros(4), 16_000.0), ValueError, "rate=16000.0"),  # type: ignore[arg-type]
+        (lambda: Table(["a", "b"], [[1, 2], [3]]), ValueError, "1 cells in row 2 for 2 columns"),
+        (lambda: Table(["a"], ["x"]), TypeError, "'x' as row 1"),
+        (lambda: Table(["a"], 3), TypeError, "3 as rows"),  # type: ignore[arg-type]
+        (lambda: Table(["a"]), TypeError, "column names and rows"),
+        (lambda: Table({"a": [1], "b": [1, 2]}), ValueError, "different lengths (a 1, b 2)"),
+        (lambda: Table({"loss": 1.0}), TypeError, "1.0 as column 'loss'"),
+        (lambda: Table({}), ValueError, "no columns"),
+        (lambda: Table(range(65), []), ValueError, "65 columns"),
+        (lambda: Table(["a"], [[torch.zeros(2)]]), ValueError, "shape (2,) in row 1, column 'a'"),
+        (lambda: Table(["a"], [[Unprintable()]]), TypeError, "cannot print Unprintable in row 1, column 'a'"),
     ],
 )
 def test_an_invalid_value_is_refused_by_its_constructor(make: Any, error: type[Exception], says: str) -> None:
@@ -117,6 +155,99 @@ def test_an_image_comes_back_from_its_file(pixels: Any, mode: str) -> None:
         assert torch.equal(torch.from_numpy(np.array(png)), expected)
 
 
+# ---------------------------------------------------------------------------------------- sounds and tables
+
+
+def read_wav(file: Any) -> tuple[np.ndarray, int]:
+    """Samples ``(time, channels)`` and rate."""
+    with wave.open(str(file) if isinstance(file, Path) else file) as reader:
+        samples = np.frombuffer(reader.readframes(reader.getnframes()), "<i2")
+        return samples.reshape(-1, reader.getnchannels()), reader.getframerate()
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        torch.linspace(-1, 1, 400),
+        torch.rand(2, 50, dtype=torch.float64) * 2 - 1,
+        np.array([[0, 32_767], [-32_768, 1], [5, 6]], dtype=np.int16),
+        torch.tensor([-3.0, 0.5, math.nan, math.inf]),
+    ],
+)
+def test_a_sound_comes_back_from_its_file(samples: Any) -> None:
+    """As Python's own module reads it: 16 bits for each sample of each channel, in order."""
+    wav = Audio(samples, 8_000).encode()
+    found, rate = read_wav(io.BytesIO(wav.data))
+    expected = np.atleast_2d(np.asarray(samples))
+    if expected.dtype != np.int16:
+        expected = np.round(np.clip(np.nan_to_num(expected), -1, 1) * 32_767)
+    assert rate == 8_000
+    assert (wav.channels, wav.frames) == expected.shape
+    assert np.abs(found.T - expected).max() <= (0 if expected.dtype == np.int16 else 1)
+    if np.isnan(np.asarray(samples)).any():
+        assert wav.problem is not None
+        assert "2 of 4 samples are outside of -1 to 1 and clipped, 1 are NaN" in wav.problem
+    else:
+        assert wav.problem is None
+
+
+@pytest.mark.parametrize(
+    ("table", "rows"),
+    [
+        (
+            lambda: Table(["a", 2], [[1, "x"], (math.nan, None), [np.float32(0.5), True], [2**60, -math.inf]]),
+            [[1, "x"], ["NaN", None], [0.5, True], [str(2**60), "-Infinity"]],
+        ),
+        (lambda: Table({"a": torch.arange(2), "2": np.array([0.5, 1.5])}), [[0, 0.5], [1, 1.5]]),
+        (lambda: Table(["a", "2"], [[torch.tensor([[7.0]]), Path("x\udc80")]]), [[7.0, "x\\udc80"]]),
+        (lambda: Table(pandas.DataFrame({"a": [1.5, math.nan], 2: ["x", None]})), [[1.5, "x"], [None, None]]),
+        (lambda: Table(["a", "2"], []), []),
+    ],
+)
+def test_a_table_comes_back_from_its_file(table: Any, rows: list[list[Any]]) -> None:
+    """With the values of the time of the call."""
+    encoded = table().encode()
+    assert json.loads(encoded.data) == {"columns": ["a", "2"], "rows": rows, "cut": None}
+
+
+def test_a_table_is_bounded_and_says_what_is_cut() -> None:
+    encoded = Table(["a"], [["x" * 2_000]] * 3 + [[1]] * 5_000).encode()
+    content = msgspec.json.decode(encoded.data, type=TableContent)
+    assert (len(content.rows), content.rows[2]) == (1_000, ["x" * 1_000])
+    assert encoded.cut == content.cut == "the first 1,000 of 5,003 rows and the first 1,000 characters of 3 cells"
+
+
+def test_sounds_and_tables_travel_by_reference(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With the step and the values of the call; clipped samples and cut rows are said once."""
+
+    def log(net: Any, step: int, batch: Any) -> None:
+        sound, score = torch.full((2, 50), float(step)), torch.tensor([float(step)])
+        net.log("speech", Audio(sound, 16_000))
+        net.log("scores", Table({"score": score, "n": [step]}))
+        if step == 1:
+            net.log("frame", pandas.DataFrame({"a": range(1_500)}))
+        sound.zero_()
+        score.zero_()
+
+    run_dir = tmp_path / "run"
+    outcome = train(logging_net(log), run_dir=run_dir, journal=True, val_interval_epochs=0)
+    sounds, tables = outcome.of(AudioLogged), outcome.of(TableLogged)
+    assert [event.global_step for event in sounds] == [*range(1, outcome.result.global_step + 1)]
+    for event in sounds:
+        found, rate = read_wav(run_dir / event.path)
+        assert (rate, found.shape) == (event.rate, (event.frames, event.channels)) == (16_000, (50, 2))
+        assert (found == 32_767).all()
+        assert (run_dir / event.path).stat().st_size == event.nbytes
+    for table in tables:
+        content = msgspec.json.decode((run_dir / table.path).read_bytes(), type=TableContent)
+        assert (content.columns, len(content.rows), content.cut) == (table.columns, table.rows, table.cut)
+        if table.name == "scores":
+            assert content.rows == [[float(table.global_step), table.global_step]]
+    assert [table.cut for table in tables if table.name == "frame"] == ["the first 1,000 of 1,500 rows"]
+    assert (caplog.text.count("are outside of -1 to 1"), caplog.text.count("'frame' has the first")) == (1, 1)
+    assert [*read_history(run_dir / "journal")].count(sounds[0]) == 1
+
+
 def test_media_travel_by_reference(tmp_path: Path) -> None:
     """The event is published once the file is complete, with the step of the call, and is in the journal."""
     figure = matplotlib.figure.Figure()
@@ -151,13 +282,17 @@ def test_media_travel_by_reference(tmp_path: Path) -> None:
     assert {event.name for event in kept} == {*images, *texts}
 
 
-def test_a_run_without_a_folder_warns_about_images(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_without_a_folder_warns_about_files(caplog: pytest.LogCaptureFixture) -> None:
+    def log(net: Any, step: int, batch: Any) -> None:
+        net.log("a", Image(torch.zeros(2, 2)))
+        net.log("b", "x" * 9_999)
+        net.log("c", Audio(torch.zeros(2), 8_000))
+        net.log("d", Table(["x"], [[1]]))
+
     with caplog.at_level(logging.WARNING, "stagecast"):
-        outcome = train(
-            logging_net(lambda net, *_: (net.log("a", Image(torch.zeros(2, 2))), net.log("b", "x" * 9_999)))
-        )
+        outcome = train(logging_net(log))
     assert outcome.result.status == "finished"
-    assert caplog.text.count("needs a run folder") == 1
+    assert [caplog.text.count(f"{kind} needs a run folder") for kind in ("an image", "a sound", "a table")] == [1, 1, 1]
     assert {(len(event.text), event.path) for event in outcome.of(TextLogged)} == {(INLINE_TEXT, None)}
 
 

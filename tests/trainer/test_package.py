@@ -125,6 +125,7 @@ def test_events_and_the_help_of_commands_need_no_torch(script: Start) -> None:
 def test_the_public_names_are_chosen_and_imported_on_first_use() -> None:
     """A wrong name raises an error with the right ones."""
     assert trainer.__all__ == [
+        "Audio",
         "CallbackInterface",
         "Checkpoints",
         "Delivery",
@@ -136,6 +137,7 @@ def test_the_public_names_are_chosen_and_imported_on_first_use() -> None:
         "RunTerminated",
         "Schedule",
         "Stage",
+        "Table",
         "Trainer",
         "TrainerArguments",
         "connect",

@@ -26,12 +26,14 @@ from events.messages import (
 from events.metrics import TRAIN_EPOCH_LOSS, metric_name, reserved
 from events.origin import Header, header_of
 from events.text import MOST_NAME, as_name, name_problem
+from trainer.audio import Audio
 from trainer.callback_interface import Reduction, checked_number
 from trainer.distributed.local import is_split, whole
 from trainer.errors import MetricNotFound
 from trainer.hooks.metric_objects import MetricObject, MetricObjects, check_single
 from trainer.hooks.reductions import Numbers, Value, reduced
 from trainer.media import INLINE_TEXT, Drawn, Histogram, Image, Logged, LoggedText, MediaWriter, SavedTrace
+from trainer.tables import Table
 
 Entry = tuple[str, Value | Logged, float, Reduction]
 """A logged value: name, value, weight, reduction."""
@@ -39,7 +41,7 @@ Entry = tuple[str, Value | Logged, float, Reduction]
 
 def is_number(value: Value | Logged) -> TypeGuard[Value]:
     """Whether it is a number, perhaps on a device, rather than an image or the like."""
-    return not isinstance(value, Histogram | Image | Drawn | LoggedText)
+    return not isinstance(value, Logged)
 
 
 class MetricRecorder:
@@ -95,7 +97,7 @@ class MetricRecorder:
         header = self._ring.origin.header() if event is None else header_of(event)
         key = getattr(event, "key", None)
         of_seq = event.seq if event is not None else None
-        if isinstance(value, Histogram | Image | Drawn | LoggedText | SavedTrace):
+        if isinstance(value, Logged):
             self._publish_other(name, value, header, key, of_seq)
         else:
             self._publish(MetricsLogged(*header, metrics={}, key=key, of_seq=of_seq), {name: value})
@@ -179,7 +181,7 @@ class MetricRecorder:
         groups: dict[str, Numbers] = {}
         reductions: dict[str, Reduction] = {}
         for name, value, weight, reduce in values:
-            if isinstance(value, Histogram | Image | Drawn | LoggedText | SavedTrace):
+            if isinstance(value, Logged):
                 self._publish_other(name, value, self._ring.origin.header(), key, None)
             else:
                 groups.setdefault(name, []).append((value, weight))
@@ -364,4 +366,11 @@ class MetricRecorder:
 
 
 _STAGES: dict[str | None, str] = {"train": "in training", "val": "in validation", "test": "in testing"}
-_KINDS: dict[type, str] = {Histogram: "a histogram", Image: "an image", Drawn: "an image", LoggedText: "a text"}
+_KINDS: dict[type, str] = {
+    Histogram: "a histogram",
+    Image: "an image",
+    Drawn: "an image",
+    Audio: "a sound",
+    Table: "a table",
+    LoggedText: "a text",
+}

@@ -9,7 +9,7 @@ import { announce, contained, setAttribute, setText } from "./dom.js";
 import { writeFigures } from "./figures.js";
 import { count, duration } from "./format.js";
 import { swatch } from "./legend.js";
-import { fillHistograms, fillMedia } from "./media.js";
+import { MediaPage } from "./mediapage.js";
 import { ChartMenu } from "./menu.js";
 import { labelOf, learnNames, ownColourOf } from "./names.js";
 import { Checkpoints, fillAbout, fillObservers, fillProblems, fillRanks, Log } from "./panels.js";
@@ -60,6 +60,7 @@ class App {
     this.board.openMenu = (chart) => menu.open(chart);
     this.sections = new Sections(this);
     this.comparePage = new ComparePage(this);
+    this.mediaPage = new MediaPage(this);
     this.board.onhighlight = (key) => this.comparePage.lit(key);
     this.checkpoints = new Checkpoints();
     this.log = new Log();
@@ -411,11 +412,12 @@ class App {
       checkpoints: () => this.checkpoints.fill(store),
       observers: () => fillObservers(store),
       ranks: () => fillRanks(store),
-      media: () => fillMedia(store),
-      histograms: () => fillHistograms(store),
       log: () => this.log.fill(store),
       arguments: () => fillAbout(store),
     };
+    const hasMedia = (one) => ["media", "histograms"].filter((part) => one.touched.delete(part)).length > 0;
+    if (this.shownRuns().filter((one) => hasMedia(one.store)).length || isRearranged)
+      this.part(focus, () => this.mediaPage.fill());
     contained(() => fillProblems(this));
     showCommands(this, store);
     for (const [name, fill] of Object.entries(parts)) if (store.touched.delete(name)) this.part(focus, fill);

@@ -40,6 +40,10 @@ export class View {
   folded = new Set(); // prefixes of metrics
   hidden = new Set(); // curves
   zoom = null; // [from, to], in units of the axis
+  at = null; // step of media and histograms; null: the newest
+  isLogCount = false; // of histograms
+  bars = new Set(); // names of histograms that are shown at one step
+  strips = new Set(); // keys of panels that show the images of all steps
   table = new TableState();
   compare = new CompareState();
 
@@ -54,6 +58,11 @@ export class View {
     this.filter = wanted.get("metrics") ?? "";
     this.folded = new Set(wanted.getAll("fold"));
     this.hidden = new Set(wanted.getAll("hide"));
+    const at = wanted.get("at") ?? "";
+    this.at = /^\d{1,15}$/.test(at) ? Number(at) : null;
+    this.isLogCount = wanted.get("counts") === "log";
+    this.bars = new Set(wanted.getAll("bars"));
+    this.strips = new Set(wanted.getAll("steps"));
     const zoom = (wanted.get("zoom") ?? "").split("~").map(Number);
     this.zoom = zoom.length === 2 && zoom.every(Number.isFinite) && zoom[0] < zoom[1] ? zoom : null;
   }
@@ -66,6 +75,10 @@ export class View {
     if (this.filter) told.set("metrics", this.filter);
     for (const prefix of this.folded) told.append("fold", prefix);
     for (const key of this.hidden) told.append("hide", key);
+    if (this.at !== null) told.set("at", this.at);
+    if (this.isLogCount) told.set("counts", "log");
+    for (const name of this.bars) told.append("bars", name);
+    for (const key of this.strips) told.append("steps", key);
     this.compare.write(told);
     if (this.zoom) told.set("zoom", this.zoom.map((end) => Number(end.toPrecision(14))).join("~"));
   }

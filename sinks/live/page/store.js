@@ -1,5 +1,7 @@
 /** The page's state of a run: from a snapshot and the later frames. Bounded in memory; does not touch the page. */
 
+import { thinned } from "./rebin.js";
+
 /** Points of a series; when it has more, pairs become one. */
 export const MOST_POINTS = 4000;
 const MOST_POINTS_OF_MANY = 1000;
@@ -283,7 +285,7 @@ export class RunStore {
     }
     for (const [name, rows] of Object.entries(data.histograms ?? {})) {
       if (!this.histograms.has(name) && this.histograms.size >= MOST_HISTOGRAMS) continue;
-      this.histograms.set(name, [...(this.histograms.get(name) ?? []), ...rows].slice(-MOST_OF_A_HISTOGRAM));
+      this.histograms.set(name, thinned([...(this.histograms.get(name) ?? []), ...rows], MOST_OF_A_HISTOGRAM));
       this.touched.add("histograms");
     }
   }
