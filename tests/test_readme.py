@@ -24,8 +24,9 @@ from trainer.cli.main import main
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 ROOMS = ("trainer", "trainer/distributed", "events", "sinks")
+COMPARED = ROOT / "sinks" / "COMPARED.md"
 GUIDES = [ROOT / "trainer" / "COMING_FROM.md", *(ROOT / room / "README.md" for room in ROOMS)]
-DOCUMENTS = [README, *GUIDES, ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").glob("*.md"))]
+DOCUMENTS = [README, *GUIDES, COMPARED, ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").glob("*.md"))]
 CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 SERVES = ("stagecast watch", "stagecast demo")
 """Commands that other tests run: they serve until a signal, or train for a minute."""
@@ -122,6 +123,16 @@ def test_the_links_of_a_document_lead_to_files_of_the_repository(document: Path)
         if heading:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}, target
+
+
+def test_what_others_have_is_shown_by_tests() -> None:
+    """Each row of the comparison names one that exists."""
+    rows = re.findall(
+        r"^\| [^|]+\|.*\*\*y\*\* \| \[(test_\w+)\]\((\S+)\) \|$", COMPARED.read_text(), flags=re.MULTILINE
+    )
+    assert len(rows) == COMPARED.read_text().count("**y** |") > 40
+    for name, path in rows:
+        assert f"def {name}(" in (COMPARED.parent / path).read_text(encoding="utf-8"), name
 
 
 def test_the_guides_list_every_event_and_every_sink() -> None:
