@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("playwright.sync_api")
 from live.kit import Serve, Told
 from live.page_server import FakeRun
-from live.page_show import Show, a_run, curve
+from live.page_show import Show, a_run, choose, curve
 from live.page_visits import axe
 from playwright.sync_api import Page, expect
 
@@ -104,6 +104,12 @@ def test_twenty_runs_have_twenty_colours_and_no_patterns(scheme: str, show: Show
     assert box["height"] < 110
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
     assert axe(page) == []
+    if scheme == "light":  # a file has no legend above it
+        page.wait_for_function(f"() => ({ALPHAS})('Loss').length === 20")
+        with page.expect_download() as download:
+            choose(page, "Loss", "Save SVG")
+        text = download.value.path().read_text()
+        assert [run.run["run_id"] for run in runs[4:] if f">{run.run['run_id']}<" not in text] == []
 
 
 def test_only_runs_that_may_have_news_are_connected(show: Show) -> None:

@@ -5,7 +5,8 @@ import { el, svg } from "./dom.js";
 import { colours } from "./theme.js";
 
 const FONT = '"Segoe UI", Roboto, system-ui, sans-serif';
-const HEAD = 44; // height of title and legend
+const HEAD = 44; // height of the title and one row of the legend
+const ROW = 17; // of a further row
 const SIDE = 10;
 
 /** Let the browser save a file. */
@@ -51,7 +52,9 @@ function head(text) {
 export async function pngOf(chart) {
   const { u } = chart;
   const scale = devicePixelRatio;
-  const [width, height] = [u.width + 2 * SIDE, u.height + HEAD + SIDE];
+  const width = u.width + 2 * SIDE;
+  const { entries, head } = legendOf(chart, width);
+  const height = u.height + head + SIDE;
   const canvas = el("canvas", { width: Math.round(width * scale), height: Math.round(height * scale) });
   const pen = canvas.getContext("2d");
   pen.scale(scale, scale);
@@ -61,32 +64,33 @@ export async function pngOf(chart) {
   pen.font = `600 13px ${FONT}`;
   pen.fillText(chart.title, SIDE, 18);
   pen.font = `12px ${FONT}`;
-  for (const { curve, x } of legendOf(chart, width)) {
+  for (const { curve, x, y } of entries) {
     pen.strokeStyle = curve.colour;
     pen.lineWidth = 2;
     pen.setLineDash(chart.dashOf(curve));
     pen.beginPath();
-    pen.moveTo(x, 32);
-    pen.lineTo(x + 22, 32);
+    pen.moveTo(x, y);
+    pen.lineTo(x + 22, y);
     pen.stroke();
-    pen.fillText(curve.label, x + 28, 36);
+    pen.fillText(curve.label, x + 28, y + 4);
   }
-  pen.drawImage(u.ctx.canvas, SIDE, HEAD, u.width, u.height);
+  pen.drawImage(u.ctx.canvas, SIDE, head, u.width, u.height);
   return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
 }
 
-/** The entries of the legend that fit into one row: `{curve, x}`. */
+/** The legend in as many rows as it takes: `{entries: [{curve, x, y}], head}`, `head` being its height with the title's. */
 function legendOf(chart, width) {
   const pen = el("canvas").getContext("2d");
   pen.font = `12px ${FONT}`;
-  let x = SIDE;
-  return chart.shown
-    .map((curve) => {
-      const entry = { curve, x, end: x + 28 + pen.measureText(curve.label).width };
-      x = entry.end + 16;
-      return entry;
-    })
-    .filter(({ end }) => end <= width);
+  let [x, y] = [SIDE, 32];
+  const entries = chart.shown.map((curve) => {
+    const wide = 28 + pen.measureText(curve.label).width;
+    if (x > SIDE && x + wide > width) [x, y] = [SIDE, y + ROW];
+    const entry = { curve, x, y };
+    x += wide + 16;
+    return entry;
+  });
+  return { entries, head: HEAD + y - 32 };
 }
 
 /** The chart as it is drawn, as lines and text. */
@@ -99,7 +103,9 @@ export function svgOf(chart) {
     width: u.bbox.width / devicePixelRatio,
     height: u.bbox.height / devicePixelRatio,
   };
-  const [width, height] = [u.width + 2 * SIDE, u.height + HEAD + SIDE];
+  const width = u.width + 2 * SIDE;
+  const { entries, head } = legendOf(chart, width);
+  const height = u.height + head + SIDE;
   const label = (x, y, words, more = {}) => svg("text", { x, y, fill: muted, "font-size": 11, text: words, ...more });
   const lines = [];
   u.axes[0]._splits.forEach((split, i) => {
@@ -114,9 +120,9 @@ export function svgOf(chart) {
     lines.push(svg("line", { x1: plot.left, x2: plot.left + plot.width, y1: y, y2: y, stroke: grid }));
     lines.push(label(plot.left - 5, y + 4, u.axes[1]._values[i], { "text-anchor": "end" }));
   });
-  const legend = legendOf(chart, width).flatMap(({ curve, x }) => [
-    svg("line", { x1: x, x2: x + 22, y1: 32, y2: 32, ...penOf(chart, curve), "stroke-width": 2 }),
-    label(x + 28, 36, curve.label, { fill: text, "font-size": 12 }),
+  const legend = entries.flatMap(({ curve, x, y }) => [
+    svg("line", { x1: x, x2: x + 22, y1: y, y2: y, ...penOf(chart, curve), "stroke-width": 2 }),
+    label(x + 28, y + 4, curve.label, { fill: text, "font-size": 12 }),
   ]);
   const clip = svg("clipPath", { id: "plot" }, svg("rect", { x: plot.left, y: plot.top, ...{ width: plot.width, height: plot.height } }));
   const root = svg(
@@ -127,7 +133,7 @@ export function svgOf(chart) {
     ...legend,
     svg(
       "g",
-      { transform: `translate(${SIDE} ${HEAD})` },
+      { transform: `translate(${SIDE} ${head})` },
       clip,
       ...lines,
       svg("g", { "clip-path": "url(#plot)", fill: "none", "stroke-linejoin": "round" }, ...chart.shown.flatMap((curve, i) => drawn(chart, curve, i, plot))),
