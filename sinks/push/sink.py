@@ -33,7 +33,7 @@ class Push(Strict, frozen=True):
     drain's time (`TrainerArguments.drain_timeout_s`), 3 s if the server is away; the result, the log and the page name
     the number of undelivered events. ``stagecast replay RUN --to push url=URL project=PROJECT`` sends them later.
 
-    **Content.** Events, and the images and texts that the module logs. Checkpoints stay where they are. An event whose
+    **Content.** Events, and the media files that the module logs. Checkpoints stay where they are. An event whose
     line exceeds 2 MiB is replaced by a `JournalGap`, and a file beyond 64 MiB is skipped, each with a warning.
 
     **Liveness.** Without events the sink reports every 10 s that it is there. After 30 s of silence the page shows the
