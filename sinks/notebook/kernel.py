@@ -69,6 +69,10 @@ class Cell:
         kernel.comm_manager.register_target(_TARGET, _answer)
         return found[1]
 
+    def close(self) -> None:
+        """Refuse further commands."""
+        self.run_dir = None
+
 
 def _answer(comm: Any, message: dict[str, Any]) -> None:
     """Send the command of a message to its run, and answer. On the thread of a subshell."""

@@ -87,6 +87,7 @@ class NotebookWriter:
         """Show the end of the run: a card, and the page with the run's data, which the notebook's file keeps."""
         self._over.set()
         self._thread.join()
+        self._cell.close()
         options = msgspec.structs.replace(self._options, kernel=None, live=False)
         self._cell.show("progress", *self._hub.ending(options))
         if self._hub.has_curves:

@@ -64,7 +64,8 @@ class Kernel:
         self.displays: dict[str, list[dict[str, str]]] = {}
         """All that was shown in each display, by its id."""
         paths = os.pathsep.join([str(ROOT), os.path.join(ROOT, "tests")])
-        self._manager = KernelManager()
+        # Named as a Jupyter server names it: the page finds the kernel by this.
+        self._manager = KernelManager(connection_file=str(folder / "kernel-of-the-test.json"))
         self._manager.start_kernel(cwd=str(folder), env=os.environ | {"PYTHONPATH": paths})
         self.client = self._manager.client()
         self.client.start_channels()
@@ -90,6 +91,18 @@ class Kernel:
             on_output(ran)
         assert (ran.error is not None) == fails, ran.error and ran.traceback
         return ran
+
+    def command(self, display: str, command: str) -> dict[str, str]:
+        """Send a command as the page does; returns the kernel's answer."""
+        told = {"display": display, "command": {"command": command, "id": "1"}}
+        content = {"comm_id": command, "target_name": "stagecast", "data": told}
+        self.client.shell_channel.send(self.client.session.msg("comm_open", content))
+        while True:
+            message = self.client.get_iopub_msg(timeout=_LONG_S)
+            self._keep(message["msg_type"], message["content"], Ran())
+            if message["msg_type"] == "comm_close":
+                answer: dict[str, str] = message["content"]["data"]
+                return answer
 
     def read_until(self, condition: Callable[[], object]) -> None:
         """Read outputs that come while no cell runs."""
@@ -132,6 +145,7 @@ class Shown:
     def __init__(self, kernel: Kernel, ran: Ran) -> None:
         self._kernel = kernel
         self._progress, self._charts = ran.displays[-2:]
+        self.id = self._progress.removesuffix("-progress")
 
     @property
     def progress(self) -> list[dict[str, str]]:

@@ -157,3 +157,18 @@ def test_a_cell_that_is_run_again_stops_the_run_that_it_has_started(kernel: Kern
     kernel.read_until(lambda: "■ stopped" in first.now and len(second.messages) > 1)
     kernel.run("again.stop()\nawait again.result()")
     kernel.run("from support.threads import trainer_threads\nwait_until(lambda: not trainer_threads())")
+
+
+def test_commands_of_the_page_reach_a_run_until_it_has_ended(kernel: Kernel) -> None:
+    """What is no command is refused with the reason, and so is one for a run that is over."""
+    shown = Shown(kernel, kernel.run("commanded = Trainer(Net(), long, run_id='commanded').start()"))
+    kernel.read_until(lambda: shown.documents)
+    assert shown.documents[0]["runs"][0]["run"]["commands"]
+    assert shown.documents[0]["notebook"]["kernel"] == "of-the-test"
+    refused = kernel.command(shown.id, "explode")
+    assert refused["type"] == "refused"
+    assert "not a command" in refused["reason"]
+    assert kernel.command(shown.id, "stop") == {"type": "sent"}
+    assert kernel.run("(await commanded.result()).status").result["text/plain"] == "'stopped'"
+    kernel.read_until(lambda: "■ stopped" in shown.now)
+    assert kernel.command(shown.id, "pause") == {"type": "refused", "reason": "the run has ended"}
