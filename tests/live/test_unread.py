@@ -161,7 +161,7 @@ def large(story: Story) -> Hub:
 async def test_answers_from_memory_are_bounded_together(large: Hub, path: str) -> None:
     """Beyond the bound, requests are refused until others have ended."""
     app = LiveApp(OneRun(large), Access())
-    app._unread = Unread(most_bytes=2**20)
+    app._unread = app._table._unread = Unread(most_bytes=2**20)
     readers = [Reader(path) for _ in range(20)]
     async with reading(app, *readers):
         kept = [reader for reader in readers if reader.messages and not reader.is_over.is_set()]
