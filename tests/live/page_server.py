@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import random
+import re
 import socket
 import struct
 import threading
@@ -286,7 +287,10 @@ class FakeRun:
     def row(self) -> dict[str, Any]:
         """Its row of the table of runs."""
         metrics = {name: [one["last"], one["last"], 1, 0, True] for name, one in self.series.items()}
-        run = {"name": self.run["run_id"], "status": self.run["status"], "updated": self.run["updated"]}
+        run: dict[str, Any] = dict.fromkeys(("left_s", "commit", "dirty", "command"))
+        run |= {name: self.run[name] for name in ("status", "started", "updated", "epoch", "module", "device", "host")}
+        run |= {"name": self.run["run_id"], "folder": self.run["run_id"], "step": self.run["global_step"]}
+        run |= {"health": [], "problems": [], "total_steps": 20_000, "progress": 0.5, "duration_s": 60.0, "attempt": 1}
         noted = {"name": self.run.get("label", ""), "tags": [], "note": "", "colour": self.run.get("colour", "")}
         run["label"] = noted["name"] or run["name"]
         return run | {"monitored": "val_loss", "notes": noted, "config": {"lr": 3e-4}, "metrics": metrics}
@@ -418,7 +422,8 @@ class PageServer:
         return self._refused(request) or JSONResponse({"runs": [run.run for run in self.runs.values()]})
 
     async def _table(self, request: Request) -> Response:
-        rows = [run.row() for run in self.runs.values()]
+        wanted = request.query_params.get("filter", "")
+        rows = [run.row() for name, run in self.runs.items() if re.search(wanted, name)]
         answer = {"now": time.time(), "total": len(rows), "is_behind": False, "notes": False, "cursor": ""}
         return self._refused(request) or JSONResponse(answer | {"rows": rows})
 

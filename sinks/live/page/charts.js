@@ -1,6 +1,6 @@
 /** Charts: a figure each, drawn by uPlot when it is in sight and something in it has changed. */
 
-import { labelsOf, labelsOn, placesOf } from "./axes.js";
+import { labelsOf, labelsOn, placeOn, placesOf } from "./axes.js";
 import {
   align,
   clamped,
@@ -9,6 +9,7 @@ import {
   linearRange,
   logRange,
   logSplits,
+  nearest,
   pointsOf,
   robustRange,
   scopeOf,
@@ -17,7 +18,7 @@ import {
   smoothPart,
   valuesOffLog,
 } from "./curves.js";
-import { el, freshId, setAttribute, setText } from "./dom.js";
+import { announce, el, freshId, setAttribute, setText } from "./dom.js";
 import { count, number } from "./format.js";
 import { drawMarks, placesBeyond } from "./marks.js";
 import { summaryOf, tableOf, tell, writeReading } from "./reading.js";
@@ -56,6 +57,7 @@ export class Chart {
     this.drawnAt = this.drawMs = this.tableAt = 0;
     this.drawn = "";
     this.u = null;
+    this.readAt = null; // the place that the keyboard reads
     this.all = []; // curves: all of the legend's...
     this.shown = []; // ...those that are not hidden...
     this.parts = []; // ...and what is drawn of them
@@ -80,6 +82,7 @@ export class Chart {
       tabindex: "0",
       "aria-label": title,
       onkeydown: (e) => this.#key(e),
+      onblur: () => (this.readAt = null),
       onmouseenter: () => (this.isPointed = true),
       onmouseleave: () => this.#left(),
     });
@@ -94,7 +97,8 @@ export class Chart {
     this.root = el(
       "figure",
       { class: isSmall ? "chart small" : "chart", "aria-labelledby": id },
-      el("figcaption", {}, el("h3", { id, title: note ?? title }, el("bdi", { text: title })), this.readout, this.button),
+      el("figcaption", {}, el("h3", { id, title: note ?? title }, el("bdi", { text: title })),
+        options.leastSmoothing ? el("span", { class: "hint", text: "smoothed" }) : null, this.readout, this.button),
       this.legend,
       this.missing,
       this.notes,
@@ -218,7 +222,8 @@ export class Chart {
     const beyond = whole.map((part) => (scope ? placesBeyond(part, scope) : []));
     this.beyond = robust ? [] : beyond;
     this.outliers = robust ? beyond.reduce((sum, places) => sum + places.length, 0) : 0;
-    this.by = curves.map((curve) => (this.takesSmoothing && !curve.isSparse ? smoothing : 0));
+    const by = Math.max(smoothing, this.options.leastSmoothing ?? 0);
+    this.by = curves.map((curve) => (this.takesSmoothing && !curve.isSparse ? by : 0));
     const parts = whole.map((part, i) =>
       shrunk(smoothPart(usual ? clamped(part, usual) : part, this.by[i]), this.shrinkage),
     );
@@ -439,18 +444,36 @@ export class Chart {
   #key(event) {
     if (!this.u) return;
     const xs = this.u.data[0];
-    const now = this.u.cursor.idx ?? xs.length - 1;
+    const now = this.readAt === null ? (this.u.cursor.idx ?? xs.length - 1) : nearest(xs, xs.length, this.readAt);
     const by = event.shiftKey ? Math.max(1, Math.round(xs.length / 20)) : 1;
     const to = { ArrowLeft: now - by, ArrowRight: now + by, Home: 0, End: xs.length - 1 }[event.key];
     if (event.key === "Escape") {
+      this.readAt = null;
       this.u.setCursor({ left: -10, top: -10 });
       if (this.board.view.zoom && !this.root.closest("dialog")) this.board.zoom(null); // it closes the dialog
     } else if (to !== undefined) {
       event.preventDefault();
       const x = xs[Math.min(xs.length - 1, Math.max(0, to))];
+      this.readAt = x;
       this.u.setCursor({ left: this.u.valToPos(x, "x"), top: this.height / 2 });
       tell(this, x);
+    } else if (["+", "=", "-"].includes(event.key) && xs.length > 1) {
+      event.preventDefault();
+      this.#zoomAt(xs[now], event.key === "-" ? 2 : 0.5);
     }
+  }
+
+  /** Zoom around a place, by a factor of the shown range; out of the whole range resets the zoom. */
+  #zoomAt(x, factor) {
+    const { view } = this.board;
+    const [first, last] = [this.u.data[0][0], this.u.data[0].at(-1)];
+    const [from, to] = view.zoom ?? [first, last];
+    const width = (to - from) * factor;
+    const begins = Math.min(Math.max(first, x - width / 2), last - width);
+    const range = width < last - first ? [begins, begins + width] : null;
+    this.board.zoom(range);
+    const [begin, end] = (range ?? [first, last]).map((one) => placeOn(view.axis, one));
+    announce(`Charts show ${begin} to ${end}`);
   }
 
   // ------------------------------------------------------------------------------------------------- the table

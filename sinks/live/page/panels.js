@@ -86,7 +86,7 @@ export function fillRanks(store) {
     right("Waiting for data"),
     right("Memory"),
     ...(onDevice ? [right("Device memory")] : []),
-    { head: "" },
+    { head: "Pace" },
   ];
   const rows = shown.map((one) => [
     count(one.rank),

@@ -115,7 +115,7 @@ export function summaryOf(chart, curves) {
   });
   const more = curves.length > FEW ? ` And ${count(curves.length - FEW)} more lines.` : "";
   const notes = [chart.missing, chart.notes].filter((one) => !one.hidden).map((one) => ` ${one.textContent}`);
-  return `Chart, ${chart.title}. ${told.join(". ")}.${more}${notes.join("")} Arrow keys read single points.`;
+  return `Chart, ${chart.title}. ${told.join(". ")}.${more}${notes.join("")} Arrow keys read single points, plus and minus zoom.`;
 }
 
 /** The newest points of the curves as a table. */

@@ -447,8 +447,9 @@ const TRAINING = {
   Loss: { takesLog: true, labels: lossLabel, isWide: true },
   "Learning rate": { takesSmoothing: false },
   "Gradient norm": {},
-  Throughput: {},
-  "Step time": {},
+  // Single steps vary too much to be read.
+  Throughput: { leastSmoothing: 0.9 },
+  "Step time": { leastSmoothing: 0.9 },
 };
 
 /** The part of a name before its first slash; empty without one. */
