@@ -53,7 +53,7 @@ class _Selection(NamedTuple):
     most_config: int | None = None
 
 
-class _Row(NamedTuple):
+class _SentRow(NamedTuple):
     version: int
     """That of the table when the row changed."""
     entry: RunEntry
@@ -67,15 +67,15 @@ class TableRows:
     def __init__(self) -> None:
         self._id = secrets.token_hex(4)
         self._version = 0
-        self._rows: dict[str, _Row] = {}
+        self._rows: dict[str, _SentRow] = {}
 
     def take(self, entries: Sequence[RunEntry]) -> None:
         """Note which rows have changed since the last call."""
-        rows: dict[str, _Row] = {}
+        rows: dict[str, _SentRow] = {}
         self._version += 1
         for entry in entries:
             row = self._rows.get(entry.name)
-            rows[entry.name] = row if row is not None and row.entry == entry else _Row(self._version, entry, {})
+            rows[entry.name] = row if row is not None and row.entry == entry else _SentRow(self._version, entry, {})
         self._rows = rows
 
     def known(self, names: Iterable[str]) -> list[str]:
@@ -99,7 +99,7 @@ class TableRows:
         members: dict[str, object] = {"cursor": f"{own}-{self._version}"}
         return members | ({"names": list(names)} if version else {}) | {"rows": rows}
 
-    def _encoded(self, row: _Row, selection: _Selection) -> msgspec.Raw:
+    def _encoded(self, row: _SentRow, selection: _Selection) -> msgspec.Raw:
         data = row.data.get(selection)
         if data is None:
             if len(row.data) >= _MOST_KEPT:
