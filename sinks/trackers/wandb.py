@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -298,7 +298,10 @@ class WandBWriter:
         from wandb import Table
 
         table = read_table(self._run_dir, event, "W&B")
-        return None if table is None else Table(columns=list(table.columns), data=table.rows, allow_mixed_types=True)
+        if table is None:
+            return None
+        rows: list[Any] = [*table.rows]
+        return Table(columns=[*table.columns], data=rows, allow_mixed_types=True)
 
     def _text(self, event: TextLogged) -> Html:
         from wandb import Html

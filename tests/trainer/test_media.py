@@ -34,6 +34,7 @@ from events.messages import (
     TextLogged,
 )
 from events.origin import Origin
+from sinks.live.images import open_image
 from trainer import Audio, CallbackInterface, Histogram, Image, Table
 from trainer.media import INLINE_TEXT, Drawn, LoggedText, MediaWriter
 
@@ -237,8 +238,13 @@ def test_sounds_and_tables_travel_by_reference(tmp_path: Path, caplog: pytest.Lo
         found, rate = read_wav(run_dir / event.path)
         assert (rate, found.shape) == (event.rate, (event.frames, event.channels)) == (16_000, (50, 2))
         assert (found == 32_767).all()
-        assert (run_dir / event.path).stat().st_size == event.nbytes
+        shown = open_image(run_dir, event.path)
+        with shown.file:
+            assert (shown.size, shown.media_type) == (event.nbytes, "audio/wav")
     for table in tables:
+        shown = open_image(run_dir, table.path)
+        with shown.file:
+            assert (shown.size, shown.media_type) == (table.nbytes, "application/json")
         content = msgspec.json.decode((run_dir / table.path).read_bytes(), type=TableContent)
         assert (content.columns, len(content.rows), content.cut) == (table.columns, table.rows, table.cut)
         if table.name == "scores":
