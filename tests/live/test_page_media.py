@@ -98,7 +98,7 @@ def test_one_slider_moves_all_media(show: Show) -> None:
 def test_an_image_is_enlarged_and_left_by_the_keyboard(show: Show) -> None:
     """The arrows change the step, the focus stays in the dialog and returns to the image."""
     page = show(media_run("demo"))
-    thumb = page.get_by_role("button", name="Enlarge samples")
+    thumb = page.get_by_role("button", name="Open samples")
     thumb.focus()
     page.keyboard.press("Enter")
     dialog = page.get_by_role("dialog", name="samples")
@@ -117,7 +117,7 @@ def test_an_image_is_enlarged_and_left_by_the_keyboard(show: Show) -> None:
     assert axe(page) == []
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
-    expect(page.get_by_role("button", name="Enlarge samples")).to_be_focused()
+    expect(page.get_by_role("button", name="Open samples")).to_be_focused()
     assert captions(page, "image") == ["step 200"]
 
 

@@ -85,7 +85,7 @@ function Content({ kind, name, runId, item, words, of, on }) {
   if (kind === "text") return html`<pre tabindex="0" role="region" aria-label=${label}>${item.text ?? ""}</pre>`;
   if (kind === "audio") return html`<${Sound} runId=${runId} path=${item.path} label=${label} />`;
   if (kind === "table") return html`<${DataTable} load=${() => load(runId, item.path)} address=${`${runId}/${item.path}`} label=${label} />`;
-  return html`<button type="button" class="thumb" aria-label=${`Enlarge ${label}`} onClick=${() => on.enlarge({ runId, name, item })}>
+  return html`<button type="button" class="thumb" aria-label=${`Open ${label}`} onClick=${() => on.enlarge({ runId, name, item })}>
     <${Picture} runId=${runId} item=${item} alt=${label} />
   </button>`;
 }
