@@ -75,7 +75,7 @@ def served(told: Told, serve: Serve) -> Any:
 
 @pytest.mark.parametrize("locations", [NGINX, BARE], ids=["readme", "bare"])
 def test_the_page_works_behind_nginx(locations: str, served: Any, told: Told, proxy: Any, visit: Visits) -> None:
-    """Below a path; without the Host header and without WebSocket, too: frames come, and commands are sent."""
+    """Below a path; without the Host header and without WebSocket, too: frames come, commands and notes are sent."""
     visit.may_lose_server = locations is BARE  # a WebSocket that does not get through
     url = proxy(locations, served.url)
     page = visit(url)
@@ -86,6 +86,11 @@ def test_the_page_works_behind_nginx(locations: str, served: Any, told: Told, pr
     page.click("#pause")
     expect(page.locator("#toast")).to_contain_text("takes effect at the next step")
     if locations is NGINX:
+        noted = httpx.post(
+            f"{url}api/runs/demo/notes", json={"note": "a line"}, headers={"origin": url.rsplit("/", 2)[0]}
+        )
+        assert noted.status_code == 200, noted.text
+        assert httpx.get(f"{url}api/table").json()["rows"][0]["notes"]["note"] == "a line"
         with watch(url, origin=url.removesuffix("/live/")) as watched:
             watched.send(Watcher().hello())
             assert '"snapshot"' in watched.recv(timeout=10)
