@@ -942,7 +942,7 @@ def test_axe_finds_nothing_serious(scheme: str, show: Show) -> None:
     page.get_by_role("button", name="Enlarge", exact=True).click()
     assert axe(page) == []
     page.keyboard.press("Escape")
-    page.get_by_role("button", name="Enlarge samples").first.click()
+    page.get_by_role("button", name="Open samples").first.click()
     assert axe(page) == []
     page.keyboard.press("Escape")
     page.locator("details summary").last.click()
