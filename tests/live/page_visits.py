@@ -30,7 +30,7 @@ class Visits:
         context.set_default_timeout(10_000)
         self._contexts.append(context)
         page = context.new_page()
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("pageerror", lambda error: self.problems.append(f"{error} {error.stack}"))
         page.on("console", lambda message: self._console(message.type, message.text))
         page.on("dialog", lambda dialog: self.problems.append(f"a dialog: {dialog.message}"))
         page.on("request", lambda request: self.requests.append(request.url))
@@ -52,7 +52,7 @@ class Visits:
     def __exit__(self, *exception: object) -> None:
         for context in self._contexts:
             context.close()
-        assert self.problems == []
+        assert self.problems == [], self.problems
         assert {_host(url) for url in self.requests if not url.startswith("data:")} <= self._hosts
 
 

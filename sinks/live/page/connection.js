@@ -341,7 +341,7 @@ export class Connection {
         }
       }
     } catch (error) {
-      if (this.#failures > 2) this.#usesEvents = this.#polls = false; // retry the WebSocket
+      if (!abort.signal.aborted && this.#failures > 2) this.#usesEvents = this.#polls = false; // retry the WebSocket
       this.#failed(error, abort);
     }
   }

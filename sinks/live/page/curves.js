@@ -223,11 +223,15 @@ export function clamped(part, [low, high]) {
   return { ...part, y: column(part.y), low: column(part.low), high: column(part.high) };
 }
 
+/** Share of a value below which differences are those of arithmetic: an axis could not even count such steps. */
+const FLAT = 1e-9;
+
 /** The range of the shown values, with a margin. */
 export function linearRange(min, max) {
   if (min === null || max === null || !Number.isFinite(min) || !Number.isFinite(max)) return [0, 1];
-  if (min === max) {
-    const air = Math.abs(min) * 0.1 || 1;
+  const size = Math.max(Math.abs(min), Math.abs(max));
+  if (max - min <= FLAT * size) {
+    const air = size * 0.1 || 1;
     return [min >= 0 ? Math.max(0, min - air) : min - air, max + air];
   }
   const air = (max - min) * 0.07;
