@@ -142,9 +142,9 @@ def test_the_order_of_several_columns_is_in_the_link(folder: Path, serve: Serve,
 
 
 def test_a_filter_is_a_condition_or_an_expression_and_its_errors_are_in_words(
-    folder: Path, serve: Serve, visit: Visits
+    folder: Path, serve: Serve, visit: Visits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rows stay while it cannot be read; the link keeps it."""
+    """The rows stay while it cannot be read; the link keeps it. A refusal is not repeated at once."""
     visit.may_lose_server = True  # the browser logs the refusals
     table = Table(visit, serve(RunsOfFolder(folder)))
     page, where = table.page, table.root.get_by_role("searchbox")
@@ -169,6 +169,15 @@ def test_a_filter_is_a_condition_or_an_expression_and_its_errors_are_in_words(
     expect(table.root.get_by_text("4 of 20 runs")).to_be_visible()
     where.fill("nothing like it")
     expect(table.root.get_by_text("No run matches the filter.")).to_be_visible()
+    monkeypatch.setattr(RunsOfFolder, "is_behind", True)
+    expect(problem).to_have_text("The server is still reading runs, so some are missing.")
+    where.fill("val_los < 1")
+    times = []
+    for _ in range(3):
+        with page.expect_response(lambda response: response.status == 400) as refused:
+            expect(problem).to_contain_text(re.compile("still reading|did you mean val_loss?"))
+        times.append(refused.value.request.timing["startTime"])
+    assert times[-1] - times[0] > 1000
 
 
 def test_groups_have_the_mean_and_the_spread_of_their_runs(folder: Path, serve: Serve, visit: Visits) -> None:
@@ -305,7 +314,7 @@ def test_any_column_is_found_by_a_search_and_moved(
 
 def test_a_table_of_two_thousand_runs_draws_the_rows_in_sight(tmp_path: Path, serve: Serve, visit: Visits) -> None:
     """Scrolling leads to the last one; a row follows its run."""
-    running = tell(tmp_path / "live", 0)
+    running = tell(tmp_path / "live", 0, config={f"width{number}": number for number in range(70)})
     for number in range(2_000):
         run_dir = tmp_path / f"run{number}" / "journal"
         run_dir.mkdir(parents=True)
@@ -327,6 +336,15 @@ def test_a_table_of_two_thousand_runs_draws_the_rows_in_sight(tmp_path: Path, se
     table.root.get_by_label("Tick run1999").focus()
     page.keyboard.press("ArrowUp")
     expect(table.root.get_by_label("Tick run1998")).to_be_focused()
+    table.root.get_by_role("button", name="Columns").click()
+    page.keyboard.type("width")
+    chooser = table.root.get_by_role("group", name="Columns", exact=True)
+    expect(chooser.get_by_role("status")).to_contain_text("more: search for them.")
+    assert chooser.get_by_role("list", name="Other columns").get_by_role("checkbox").count() == 60
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    expect(table.root.get_by_text("1,501 more rows are not printed.")).to_be_visible()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    expect(table.root.get_by_text("more rows are not printed")).to_have_count(0)
     running.let_go()
 
 
@@ -364,13 +382,23 @@ def test_runs_are_compared_with_the_keyboard_alone(folder: Path, serve: Serve, v
 def test_two_runs_of_one_id_and_values_that_are_not_finite_are_told_apart(
     tmp_path: Path, serve: Serve, visit: Visits
 ) -> None:
-    """A run without a value is last in either order. Without a run under way, the page opens with the table."""
+    """A run without a value is last in either order.
+
+    Without a run under way, the page opens with the table: once, and the browser's Back button leaves it.
+    """
     for place, loss in (("a/demo", 1.0), ("b/c/demo", math.nan)):
         told = Told(tmp_path / place, "demo")
         told.write(told.story.started(best="val_loss"), told.story(ValEpochEnded, loss=loss), told.story.ended())
         told.let_go()
     server = serve(RunsOfFolder(tmp_path))
-    expect(visit(server.url, loaded=False).locator("#table tbody tr")).to_have_count(2)
+    page = visit(server.url, loaded=False)
+    expect(page.locator("#table tbody tr")).to_have_count(2)
+    page.get_by_role("button", name="Charts", exact=True).click()
+    expect(page.locator("#content")).to_be_visible()
+    page.go_back()
+    expect(page.locator("#table tbody tr")).to_have_count(2)
+    page.go_back()
+    assert page.url == "about:blank"
     table = Table(visit, server, "&column=folder&column=last.val_loss&column=health")
     table.head("last val_loss").click()
     names = table.names()

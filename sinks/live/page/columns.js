@@ -15,7 +15,7 @@ const FIXED = {
   progress: { head: "Progress", of: (row) => row.progress, show: percent, isNumber: true, isDown: true },
   left_s: { head: "Time left", of: (row) => row.left_s, show: duration, isNumber: true },
   step: { head: "Step", of: (row) => row.step, show: count, isNumber: true, isDown: true },
-  total_steps: { head: "Steps in all", of: (row) => row.total_steps, show: count, isNumber: true, isDown: true },
+  total_steps: { head: "Total steps", of: (row) => row.total_steps, show: count, isNumber: true, isDown: true },
   epoch: { head: "Epoch", of: (row) => row.epoch, show: count, isNumber: true, isDown: true },
   duration_s: { head: "Duration", of: durationOf, show: duration, isNumber: true },
   started: { head: "Started", of: (row) => row.started, ...LATEST },
@@ -156,7 +156,7 @@ function union(rows, of) {
 const collator = new Intl.Collator("en", { numeric: true });
 
 /** Less than zero if `a` comes first. Numbers are before texts; NaN and missing values are last in either direction. */
-function compare(a, b, isDown) {
+export function compare(a, b, isDown) {
   if (isMissing(a) || isMissing(b)) return Number(isMissing(a)) - Number(isMissing(b));
   const [x, y] = [typeof a === "boolean" ? Number(a) : a, typeof b === "boolean" ? Number(b) : b];
   let order;

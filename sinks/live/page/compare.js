@@ -1,8 +1,8 @@
 /** The comparison of runs: what differs, the metrics with the best marked, and how one leads to the other. */
 
 import { runKey } from "./charts.js";
-import { directionOf, DIRECTIONS, differing, metricOf, metricsOf, plottable, ranked, runsOf, textOf, winnersOf } from "./findings.js";
-import { count, number } from "./format.js";
+import { directionOf, DIRECTIONS, differing, metricOf, metricsOf, plottable, ranked, textOf, winnersOf } from "./findings.js";
+import { count, number, runsOf } from "./format.js";
 import { highlighting } from "./legend.js";
 import { Parallel, within } from "./parallel.js";
 import { Scatter } from "./scatter.js";
@@ -112,7 +112,7 @@ function Results({ rows, isBeside, names, metrics, metric, by, state, lookOf, on
     const look = lookOf(row.name);
     const key = runKey(row.name);
     return html`<tr key=${row.name} data-key=${key} class=${isBeside(row) ? "beside" : null} ...${highlighting(on.board, key)}>
-      <th scope="row"><i class="dot" ref=${tinted(look.colour)}></i> <a href=${look.href}>${look.label}</a></th>
+      <th scope="row"><i class="dot" style=${{ background: look.colour }}></i> <a href=${look.href}>${look.label}</a></th>
       ${names.map((name) => html`<td key=${name} class=${typeof row.config[name] === "number" ? "number" : null}>${textOf(row.config[name])}</td>`)}
       ${shown.map((name) => html`<${Value} key=${`metric ${name}`} row=${row} name=${name} by=${by} winners=${winners.get(name)} />`)}
     </tr>`;
@@ -186,9 +186,4 @@ function Value({ row, name, by, winners }) {
     <span class=${isBest ? "best" : null}>${isBest ? "★ " : ""}${number(value)}</span>
     ${tie && html`<span class="hint">${tie}</span>`} ${isLost && html`<span class="hint"> now ${number(metric[0])}</span>`}
   </td>`;
-}
-
-/** The policy of the page allows no style attributes: the colour is set on the element. */
-export function tinted(colour, property = "background") {
-  return (node) => node?.style.setProperty(property, colour);
 }

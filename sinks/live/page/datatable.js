@@ -1,20 +1,13 @@
 /** A logged table, which the reader can sort. */
 
+import { compare } from "./columns.js";
 import { count } from "./format.js";
 import { Component, html } from "./view.js";
 
 /** Rows that are shown before the reader asks for all. */
 const FIRST_ROWS = 100;
 const NUMBERS = new Map([["NaN", NaN], ["Infinity", Infinity], ["-Infinity", -Infinity]]);
-
-/** Numbers before texts, and cells without a value last, in both directions. */
-function compare(a, b, sign) {
-  const [x, y] = [a, b].map((cell) => NUMBERS.get(cell) ?? cell);
-  const rank = (value) => (value === null || Number.isNaN(value) ? 2 : typeof value === "string" ? 1 : 0);
-  if (rank(x) !== rank(y)) return rank(x) - rank(y);
-  if (rank(x) === 2) return 0;
-  return sign * (rank(x) === 1 ? x.localeCompare(y, undefined, { numeric: true }) : Number(x) - Number(y));
-}
+const valueOf = (cell) => NUMBERS.get(cell) ?? cell;
 
 function isTable({ columns, rows }) {
   return Array.isArray(columns) && Array.isArray(rows) && rows.every((row) => row?.length === columns.length);
@@ -57,7 +50,7 @@ export class DataTable extends Component {
   render({ label }, { table, problem, by, sign, isWhole }) {
     if (!table) return html`<p class="empty">${problem ?? "Loading…"}</p>`;
     const { columns, rows, cut } = table;
-    const sorted = by === null ? rows : [...rows].sort((a, b) => compare(a[by], b[by], sign));
+    const sorted = by === null ? rows : [...rows].sort((a, b) => compare(valueOf(a[by]), valueOf(b[by]), sign < 0));
     const shown = isWhole ? sorted : sorted.slice(0, FIRST_ROWS);
     const isNumber = columns.map((_, at) => rows.some((row) => typeof row[at] === "number"));
     const order = (at) => (by === at ? (sign > 0 ? "ascending" : "descending") : "none");

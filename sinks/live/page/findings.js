@@ -1,12 +1,12 @@
 /** What the rows of the run table tell about runs beside each other. Pure functions. */
 
 import { scaleLinear, scaleLog, scalePoint } from "./d3.min.js";
-import { count, number } from "./format.js";
+import { number } from "./format.js";
 
 /** Factor between the largest and the smallest value from which a scale is logarithmic. */
 const LOG_FROM = 50;
 /** Maximum distinct values of a hyperparameter of texts with an axis: one per run identifies the run only. */
-export const MOST_CATEGORIES = 24;
+const MOST_CATEGORIES = 24;
 /** Metrics without a better direction. */
 const NEITHER = new Set(["lr", "grad_norm"]);
 const byName = new Intl.Collator("en", { numeric: true }).compare;
@@ -135,7 +135,3 @@ export function scaleOf(values, range, most = 6) {
   };
 }
 
-/** A metric or hyperparameter of rows as a phrase: `3 of 20 runs`. */
-export function runsOf(some, all) {
-  return some === all ? `${count(all)} runs` : `${count(some)} of ${count(all)} runs`;
-}

@@ -17,6 +17,11 @@ export function count(value) {
   return Math.abs(value) < 1e15 ? whole.format(value) : number(value);
 }
 
+/** A number of runs, of all or of some: `1 run`, `3 of 20 runs`. */
+export function runsOf(some, all = some) {
+  return `${some === all ? "" : `${count(some)} of `}${count(all)} ${all === 1 ? "run" : "runs"}`;
+}
+
 /** A measured number to four digits, without trailing zeros: `0.5321`, `12,340`, `3e-4`. */
 export function number(value, digits = 4) {
   if (typeof value === "string") return value === "nan" ? "NaN" : value.replace("inf", "∞");

@@ -29,8 +29,16 @@ export function HistogramCard({ name, rows, at, isBars, isLog, on }) {
   </article>`;
 }
 
+/** The common bins of rows: computed once, because each move of the slider renders all heatmaps. */
+const known = new WeakMap();
+
+function binnedOf(rows) {
+  if (!known.has(rows)) known.set(rows, rebinned(rows));
+  return known.get(rows);
+}
+
 function Heatmap({ name, rows, isLog }) {
-  const binned = rebinned(rows);
+  const binned = binnedOf(rows);
   if (!binned) return html`<p class="empty">No element was finite</p>`;
   const most = Math.max(1, ...binned.columns.flatMap(({ counts }) => counts));
   const logged = rows.reduce((sum, { skipped }) => sum + 1 + (skipped ?? 0), 0);

@@ -53,6 +53,7 @@ class App {
     this.clock = null; // of the server: {time, at}, in Unix seconds and by `performance.now()`
     this.pending = new Map(); // commands without an answer
     this.isAway = false; // whether the table is open, so that the list of runs is not polled
+    this.hasShownTable = false; // afterwards the table opens by the reader's choice only
     this.readFragment();
     this.board = new Board(this.view);
     this.board.onchange = () => this.changed();
@@ -135,8 +136,11 @@ class App {
       else if (!this.open.size) this.wait("The server does not answer", `${error.message}. The page keeps retrying.`);
     }
     if (isKnown) {
-      if (!this.chosen.length && this.runs.length > 1 && !this.runs.some((run) => run.status === "running")) {
-        this.table.open(true); // the day after: which one was best
+      const isOver = this.runs.length > 1 && !this.runs.some((run) => run.status === "running");
+      if (!this.chosen.length && isOver && !this.hasShownTable) {
+        this.view.table.isOpen = true; // which of the runs was best; the browser's Back button leaves the page
+        this.keepFragment();
+        this.follow();
         return;
       }
       if (!this.chosen.length && this.runs.length) {
@@ -191,7 +195,7 @@ class App {
     this.table.follow();
     if (this.view.table.isOpen) {
       clearTimeout(this.listTimer);
-      this.isAway = true;
+      this.isAway = this.hasShownTable = true;
       this.fillList();
       this.writeTable();
       return;
@@ -322,7 +326,7 @@ class App {
         ? { ...store.run, latest: { val_loss: store.last("val_loss"), train_loss: store.last("train_loss") } }
         : run;
     });
-    this.list.fill(runs, this.chosen, (runId) => this.fragment([runId]), markOf, Infinity, this.now());
+    this.list.fill(runs, this.chosen, (runId) => this.fragment([runId]), markOf, this.now());
   }
 
   reconnect() {

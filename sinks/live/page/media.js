@@ -104,6 +104,11 @@ function mediaAddress(runId, path) {
 
 const MISSING = report ? "It is not in this file, or does not exist any more" : "It does not exist (any more)";
 
+/** Free the memory behind an address. */
+function forget(src) {
+  if (src?.startsWith("blob:")) URL.revokeObjectURL(src);
+}
+
 /** A file that the page shows by an address; a subclass renders `state.src`. */
 class Filed extends Component {
   state = { src: null, isGone: false };
@@ -118,11 +123,7 @@ class Filed extends Component {
 
   componentWillUnmount() {
     this.wanted = null;
-    this.forget();
-  }
-
-  forget() {
-    if (this.state.src?.startsWith("blob:")) URL.revokeObjectURL(this.state.src);
+    forget(this.state.src);
   }
 
   async follow() {
@@ -136,8 +137,11 @@ class Filed extends Component {
     } catch {
       // It is reported in place of the file.
     }
-    if (this.wanted !== wanted) return;
-    this.forget();
+    if (this.wanted !== wanted) {
+      forget(src);
+      return;
+    }
+    forget(this.state.src);
     this.setState({ src, isGone: !src });
   }
 }

@@ -43,7 +43,12 @@ class Notebook {
       const isDark = this.host.isDark();
       change(isDark === null ? null : isDark ? "dark" : "light");
     };
-    new MutationObserver(tell).observe(body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
+    const observer = new MutationObserver(tell);
+    observer.observe(body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
+    // The notebook outlives this frame, and would keep it in memory.
+    addEventListener("pagehide", ({ persisted }) => {
+      if (!persisted) observer.disconnect();
+    });
     tell();
   }
 }

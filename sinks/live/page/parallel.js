@@ -3,8 +3,8 @@
 import { runKey } from "./charts.js";
 import { brushY, interpolateViridis, lab, select } from "./d3.min.js";
 import { announce } from "./dom.js";
-import { metricOf, runsOf, scaleOf, textOf } from "./findings.js";
-import { number } from "./format.js";
+import { metricOf, scaleOf, textOf } from "./findings.js";
+import { number, runsOf } from "./format.js";
 import { highlighting } from "./legend.js";
 import { Sized } from "./sized.js";
 import { colours } from "./theme.js";
@@ -75,7 +75,7 @@ function drawing({ rows, isBeside, some, axes: names, metric, by, state, lookOf,
   const shareOf = (row) => (last.placeOf(row) === null ? null : (last.placeOf(row) - ENDS[0]) / (ENDS[1] - ENDS[0]));
   const line = (row) => axes.map((axis, i) => `${i ? "L" : "M"}${leftOf(i).toFixed(1)},${(axis.placeOf(row) ?? NOWHERE).toFixed(1)}`).join("");
   const tell = (row) => axes.map((axis) => `${axis.title} ${axis.show(axis.valueOf(row))}`).join(", ");
-  const words = `${names.join(", ")} and ${metric} of ${runsOf(rows.length, rows.length)}. Arrow keys read the runs, the best first.`;
+  const words = `${names.join(", ")} and ${metric} of ${runsOf(rows.length)}. Arrow keys read the runs, the best first.`;
   const paths = [...rows].reverse().map((row) => {
     const d = line(row);
     const share = shareOf(row);

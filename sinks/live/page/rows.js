@@ -21,11 +21,11 @@ export class Rows {
   }
 
   /**
-   * Ask for the rows that fulfil a filter; returns whether there is news. Throws `FilterRefused`, or as `get` does.
+   * Ask for the rows that fulfil a filter. Throws `FilterRefused`, or as `get` does.
    * `metrics`: those that are shown, in case there are too many.
    */
   async ask(where, signal, metrics = []) {
-    if (report) return false;
+    if (report) return;
     const wanted = this.answer.names ? metrics : [];
     const isSame = where === this.#where && String(wanted) === String(this.#metrics);
     const query = new URLSearchParams();
@@ -34,7 +34,7 @@ export class Rows {
     if (isSame) query.set("since", this.#cursor);
     const headers = isSame && this.#etag ? { "If-None-Match": this.#etag } : {};
     const response = await get(`api/table?${query}`, { headers, signal, any: true });
-    if (response.status === 304) return false;
+    if (response.status === 304) return;
     const answer = await response.json().catch(() => ({}));
     if (response.status === 400) {
       this.#where = null;
@@ -46,7 +46,8 @@ export class Rows {
     const names = answer.names ?? answer.rows.map((row) => row.name);
     if (!names.every((name) => known.has(name))) {
       this.#where = null; // a run fulfils the filter although it has not changed
-      return this.ask(where, signal, metrics);
+      await this.ask(where, signal, metrics);
+      return;
     }
     this.#where = where;
     this.#metrics = wanted;
@@ -64,7 +65,6 @@ export class Rows {
     };
     this.all = names.map((name) => known.get(name));
     if (!this.has(where, metrics)) await this.ask(where, signal, metrics);
-    return true;
   }
 
   /** Replace what is noted about a run, until the next answer has it. */

@@ -14,7 +14,7 @@ function byId(id) {
 const MOST_SHOWN = 200;
 
 export class RunList {
-  /** `on` has `choose(runId)` and `compare(runId, isChosen)`. */
+  /** `on` has `compare(runId, isChosen)`. */
   constructor(on) {
     this.on = on;
     this.items = new Map();
@@ -23,8 +23,8 @@ export class RunList {
   }
 
   /** `now` is that of the server, in Unix seconds. */
-  fill(runs, chosen, linkOf, markOf, most, now) {
-    this.last = [runs, chosen, linkOf, markOf, most, now];
+  fill(runs, chosen, linkOf, markOf, now) {
+    this.last = [runs, chosen, linkOf, markOf, now];
     this.filter.hidden = runs.length < 8;
     const { matches, problem } = matcher(this.filter.value);
     const found = runs.filter((run) => matches(run.run_id) || matches(labelOf(run.run_id)) || matches(run.module ?? ""));
@@ -44,17 +44,17 @@ export class RunList {
       (runId) => this.#make(runId),
     );
     for (const run of shown) {
-      if (!contained(() => this.#write(run, chosen, linkOf, markOf, most, now)))
+      if (!contained(() => this.#write(run, chosen, linkOf, markOf, now)))
         setText(this.items.get(run.run_id).state, "⚠ cannot be shown");
     }
   }
 
-  #write(run, chosen, linkOf, markOf, most, now) {
+  #write(run, chosen, linkOf, markOf, now) {
     const item = this.items.get(run.run_id);
     const isChosen = chosen.includes(run.run_id);
     item.root.classList.toggle("chosen", isChosen);
     item.box.checked = isChosen;
-    item.box.disabled = (isChosen && chosen.length === 1) || (!isChosen && chosen.length >= most);
+    item.box.disabled = isChosen && chosen.length === 1;
     const label = labelOf(run.run_id);
     setText(item.link, label);
     item.link.title = label === run.run_id ? label : `${label} (${run.run_id})`;

@@ -1,8 +1,8 @@
 /** A hyperparameter against a metric: a point for each run. */
 
 import { runKey } from "./charts.js";
-import { number } from "./format.js";
-import { metricOf, runsOf, scaleOf, textOf } from "./findings.js";
+import { number, runsOf } from "./format.js";
+import { metricOf, scaleOf, textOf } from "./findings.js";
 import { keysOver } from "./parallel.js";
 import { Sized } from "./sized.js";
 import { html } from "./view.js";

@@ -3,7 +3,7 @@
 import { Chooser, RowDialog } from "./tabledialogs.js";
 import { bestOf, Columns, grouped, sorted, summary } from "./columns.js";
 import { announce } from "./dom.js";
-import { count, duration, NONE, percent } from "./format.js";
+import { count, duration, NONE, percent, runsOf } from "./format.js";
 import { statusOf } from "./status.js";
 import { Component, html } from "./view.js";
 
@@ -28,8 +28,8 @@ export class RunTable extends Component {
 
   #change(change) {
     change(this.props.choices);
-    this.props.on.change();
     this.setState({});
+    this.props.on.change();
   }
 
   render({ rows, names, now, choices, total, problem, hint, on }, { choosesColumns, edited, ticked }) {
@@ -114,7 +114,7 @@ export class RunTable extends Component {
       </button>`}
       ${choices.isChanged &&
       html`<button type="button" class="quiet" onClick=${() => this.#change((one) => one.reset())}>Reset</button>`}
-      <span class="hint" role="status">${visible === total ? "" : `${count(visible)} of `}${count(total)} runs</span>
+      <span class="hint" role="status">${runsOf(visible, total)}</span>
     </div>`;
   }
 
@@ -218,7 +218,7 @@ export class RunTable extends Component {
           onClick=${() => this.#change((one) => one.toggle(one.unfolded, key))}
         >
           <span aria-hidden="true">${isOpen ? "▾" : "▸"}</span> ${name}
-          <span class="hint"> · ${count(rows.length)} ${rows.length === 1 ? "run" : "runs"}</span>
+          <span class="hint"> · ${runsOf(rows.length)}</span>
         </button>
       </th>
       ${shown.map((one) => {
@@ -269,9 +269,11 @@ class Body extends Component {
 
   render({ items, caption, widths, heads, draw }, { from, to, isPrinting }) {
     const begin = isPrinting ? 0 : Math.min(from, Math.max(0, items.length - 1));
-    const end = isPrinting ? MOST_PRINTED : Math.min(items.length, to);
+    const end = Math.min(items.length, isPrinting ? MOST_PRINTED : to);
     const space = (rows, key) =>
       rows > 0 && html`<tr key=${key} aria-hidden="true"><td style=${{ height: `${rows * ROW_PX}px` }}></td></tr>`;
+    const left = items.length - end;
+    const unprinted = () => html`<tr key="unprinted"><td colspan=${widths.length}>${count(left)} more rows are not printed.</td></tr>`;
     return html`<div class="table-scroll" role="region" aria-label="Runs" tabindex="0" ref=${this.#take} onScroll=${this.#look}>
       <table aria-rowcount=${items.length + 1} style=${{ width: `calc(${widths.join(" + ")})` }} onKeyDown=${moveFocus}>
         <caption class="visually-hidden">${caption}</caption>
@@ -279,7 +281,7 @@ class Body extends Component {
         <thead>${heads}</thead>
         <tbody>
           ${space(begin, "above")}${items.slice(begin, end).map((item, at) => draw(item, begin + at))}
-          ${space(items.length - end, "below")}
+          ${isPrinting && left > 0 ? unprinted() : space(left, "below")}
         </tbody>
       </table>
     </div>`;

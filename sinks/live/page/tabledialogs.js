@@ -18,7 +18,7 @@ export class Chooser extends Component {
   render({ columns, ids, isUsual, onChange, onClose }, { search }) {
     const { matches, problem } = matcher(search);
     const others = columns.ids.filter((id) => !ids.includes(id) && (matches(id) || matches(columns.column(id).head)));
-    const offered = search ? others : others.slice(0, MOST_OFFERED);
+    const offered = others.slice(0, MOST_OFFERED);
     const move = (id, by) => {
       const at = ids.indexOf(id);
       const next = ids.filter((one) => one !== id);

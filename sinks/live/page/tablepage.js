@@ -10,7 +10,7 @@ import { FilterRefused, Rows } from "./rows.js";
 import { RunTable } from "./table.js";
 import { html, render } from "./view.js";
 
-/** Time between polls: at least this, and so many times the answer took, so that a busy server is asked less often... */
+/** Time between polls: at least this, and this multiple of the time of an answer, so that a busy server is asked less often... */
 const POLL_MS = 2000;
 const TIMES = 4;
 /** ...and at most this. */
@@ -90,7 +90,8 @@ export class TablePage {
     const took = performance.now() - began;
     const usual = Math.min(took, this.#took); // the first answer, and one behind another reader's, take longer
     this.#took = took;
-    const wait = this.rows.answer.isBehind ? 0 : Math.min(MOST_MS, Math.max(POLL_MS, TIMES * usual));
+    const isBehind = this.rows.answer.isBehind && !this.#lost && !this.#refusal; // each request makes the server read more
+    const wait = isBehind ? 0 : Math.min(MOST_MS, Math.max(POLL_MS, TIMES * usual));
     this.#timer = setTimeout(() => this.look(), document.hidden ? 10 * wait + POLL_MS : wait);
   }
 
@@ -124,10 +125,8 @@ export class TablePage {
   /** The reader has changed a choice. */
   #changed() {
     history.replaceState(null, "", this.app.fragment());
-    if (report) {
-      this.draw();
-      return;
-    }
+    this.draw();
+    if (report) return;
     clearTimeout(this.#typing);
     if (!this.#isAsking && this.rows.has(this.choices.where.trim(), this.#shownMetrics())) return;
     this.#typing = setTimeout(() => this.choices.isOpen && this.look(), TYPING_MS);
@@ -161,10 +160,7 @@ export class TablePage {
     };
     const { answer, now } = this.rows;
     const compared = rows.filter((row) => !this.choices.hidden.has(row.name));
-    const change = (isFinal = true) => {
-      this.draw();
-      if (isFinal) this.#changed();
-    };
+    const change = (isFinal = true) => (isFinal ? this.#changed() : this.draw());
     render(
       html`<${RunTable}
         rows=${rows}

@@ -14,7 +14,7 @@ export class TableState {
   read(wanted) {
     this.isOpen = wanted.has("table");
     if (!this.isOpen) return; // the choices hold when the table is opened again
-    
+
     this.columns = wanted.has("column") ? wanted.getAll("column").filter(Boolean) : null;
     this.sort = wanted.getAll("sort").filter(Boolean);
     if (!this.sort.length) this.sort = null;
