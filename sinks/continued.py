@@ -37,8 +37,8 @@ class Store(Protocol):
     """The run's newest event there when the connection was made."""
     most_bytes: int
     """Maximum bytes per line."""
-    limit: str
-    """The name of that limit, for a warning."""
+    fix: str
+    """How a user avoids or raises that limit, for a warning."""
 
     def publish(self, messages: Sequence[Message], /) -> None:
         """Send events, at most `WINDOW`; all are stored when it returns.
@@ -133,7 +133,7 @@ class ContinuedWriter:
         for event in events:
             try:
                 line = encode_lines([event], previous)[:-1]
-                reason = f"its line has {len(line):,} bytes, and the server takes {most:,}; raise {self._store.limit}"
+                reason = f"its line has {len(line):,} bytes, and the server takes {most:,}; {self._store.fix}"
             except WireError as error:
                 line, reason = b"", str(error)
             if not line or len(line) > most:

@@ -24,9 +24,9 @@ from events.safe_files import make_folder_below, read_below, replace_below, unli
 MOST_JOBS = 100
 """Maximum jobs that are queued or under way."""
 MOST_LISTED = 1_000
-"""Maximum jobs that are listed: the newest ones."""
+"""Maximum jobs that are listed, the newest ones, beside those that are not over."""
 MOST_KILLS = 5
-"""A job during which the service was killed more often fails: it may be what kills it."""
+"""Maximum kills of the service per job; beyond it the job fails, because it may be the cause."""
 _SLOTS_DIR = ".slots"
 _WISH_NAME = "job-stop.json"
 _OVER_S = 0.5
@@ -73,7 +73,7 @@ class TakenJob:
 
 
 class JobFolder:
-    """The folder of a service. Any thread, one call at a time for each of its methods.
+    """The folder of a service. Any thread; `ask` and `take_orphans` one call at a time.
 
     Args:
         path: It is made if it is missing.
@@ -88,9 +88,14 @@ class JobFolder:
         make_folder_below(path, _SLOTS_DIR)
 
     def all(self) -> list[ServiceJob]:
-        """Return the newest jobs in the order of their requests. A file that has not changed is not read again."""
+        """Return the newest jobs, and all that are not over, in the order of their requests.
+
+        A file that has not changed is not read again.
+        """
         read: dict[str, tuple[tuple[int, ...], ServiceJob]] = {}
-        for entry in os.scandir(self.path):
+        with os.scandir(self.path) as entries:
+            folders = list(entries)
+        for entry in folders:
             with contextlib.suppress(OSError):
                 found = os.lstat(os.path.join(entry.path, JOB_NAME))
                 stamp = found.st_mtime_ns, found.st_size, found.st_ino
@@ -99,7 +104,9 @@ class JobFolder:
                 if job is not None and job.run_id == entry.name:
                     read[entry.name] = stamp, job
         self._read = read
-        return sorted((job for _, job in read.values()), key=lambda job: job.asked)[-MOST_LISTED:]
+        jobs = sorted((job for _, job in read.values()), key=lambda job: job.asked)
+        oldest = len(jobs) - MOST_LISTED
+        return [job for index, job in enumerate(jobs) if index >= oldest or not job.is_over]
 
     def ask(self, run_id: str, request: dict[str, Any], again: bool) -> TakenJob:
         """Write a new job, durably, and take it.
@@ -145,20 +152,9 @@ class JobFolder:
             if listed.is_over or listed.run_id in own:
                 continue
             with contextlib.suppress(OSError):
-                if (lock := FileLock.take(run_dir, LOCK_NAME)) is None:
-                    continue
-                job = read_job(run_dir)
-                if job is None or job.is_over:
-                    lock.release()
-                    continue
-                kills = job.kills + (job.state != "queued")
-                one = TakenJob(msgspec.structs.replace(job, kills=kills), run_dir, lock)
-                if kills > MOST_KILLS:
-                    one.set("failed", f"the service was killed {kills} times while it ran")
-                    lock.release()
-                    continue
-                one.set("queued", None)
-                taken.append(one)
+                lock = FileLock.take(run_dir, LOCK_NAME)
+                if lock is not None and (one := _queued_again(run_dir, lock)) is not None:
+                    taken.append(one)
         return taken
 
     def take_slot(self) -> FileLock | None:
@@ -172,6 +168,25 @@ class JobFolder:
         if job is None or job.is_over:
             raise Unavailable(f"run {run_id} is {'unknown' if job is None else job.state}")
         replace_below(self.path / run_id, _WISH_NAME, msgspec.json.encode(wish))
+
+
+def _queued_again(run_dir: Path, lock: FileLock) -> TakenJob | None:
+    """Queue the job of a process that has died; None, with the lock released, if it does not run again."""
+    queued: TakenJob | None = None
+    try:
+        job = read_job(run_dir)
+        if job is not None and not job.is_over:
+            kills = job.kills + (job.state != "queued")
+            one = TakenJob(msgspec.structs.replace(job, kills=kills), run_dir, lock)
+            if kills > MOST_KILLS:
+                one.set("failed", f"the service was killed {kills} times while it ran")
+            else:
+                one.set("queued", None)
+                queued = one
+        return queued
+    finally:
+        if queued is None:
+            lock.release()
 
 
 def _lock(run_dir: Path) -> FileLock | None:

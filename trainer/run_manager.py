@@ -50,6 +50,8 @@ class _Owned:
     """Why it is to stop as soon as it is under way."""
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     over: anyio.Event = field(default_factory=anyio.Event)
+    writing: anyio.Lock = field(default_factory=anyio.Lock)
+    """Held while a state is written: the final one is the last."""
 
 
 class RunManager:
@@ -119,7 +121,7 @@ class RunManager:
             return taken.job
 
     async def jobs(self) -> list[ServiceJob]:
-        """The jobs of the folder in the order of their requests, whichever process has them; the newest thousand."""
+        """The jobs of the folder in the order of their requests, whichever process has them; see `JobFolder.all`."""
         return await self._on_thread(self._folder.all)
 
     async def job(self, run_id: str) -> ServiceJob | None:
@@ -174,22 +176,23 @@ class RunManager:
                 self._own(taken)
 
     async def _watch(self) -> None:
-        while True:
+        is_failing = False
+        while not self._closing:
             await anyio.sleep(_ADOPT_S)
-            owned = list(self._owned.values())
-            try:
-                wishes = [await self._on_thread(one.taken.wish) for one in owned]
-                if self._closing:
-                    return
-                await self._adopt()
-            except OSError as error:
-                logger.warning(f"the jobs in {self._folder.path} cannot be read: {error}")
-                continue
-            for one, wish in zip(owned, wishes, strict=True):
+            for one in list(self._owned.values()):
+                wish = await self._on_thread(one.taken.wish)
                 if wish is not None and wish.cancel:
                     one.scope.cancel()
                 elif wish is not None:
                     self._stop(one, wish.reason)
+            try:
+                if not self._closing:
+                    await self._adopt()
+                is_failing = False
+            except OSError as error:
+                if not is_failing:
+                    logger.warning(f"the jobs in {self._folder.path} cannot be read: {error}")
+                is_failing = True
 
     def _stop(self, owned: _Owned, reason: str) -> None:
         if owned.run is not None:
@@ -202,10 +205,11 @@ class RunManager:
     async def _set(self, owned: _Owned, state: JobState, reason: str | None = None) -> None:
         """Write the state of a job. If the disk refuses, the run is not affected."""
         with anyio.CancelScope(shield=True):
-            try:
-                await self._on_thread(lambda: owned.taken.set(state, reason))
-            except OSError as error:
-                logger.warning(f"the state of run {owned.taken.job.run_id} cannot be written: {error}")
+            async with owned.writing:
+                try:
+                    await self._on_thread(lambda: owned.taken.set(state, reason))
+                except OSError as error:
+                    logger.warning(f"the state of run {owned.taken.job.run_id} cannot be written: {error}")
 
     async def _train(self, owned: _Owned) -> None:
         job, slot = owned.taken.job, None

@@ -1,7 +1,7 @@
 """The request for a run of a service, kept in the run folder: it survives the service.
 
-``job.json`` is what was asked for and what has become of it. Whoever holds ``job.lock`` runs the job; if its state is
-not one of `OVER` and nobody holds the lock, the process that ran it has died.
+``job.json`` has the request and its state. The process that holds ``job.lock`` runs the job; if the state is not one
+of `OVER` and no process holds the lock, the process that ran it has died.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from events.safe_files import open_lock_below, read_below, replace_below
 JOB_NAME = "job.json"
 LOCK_NAME = "job.lock"
 MOST_BYTES = 2**20
-"""Maximum bytes per job."""
+"""Maximum bytes per request, as JSON."""
+_MOST_FILE_BYTES = MOST_BYTES + 2**16
+"""Maximum bytes per file: a request of any allowed size has room for its state."""
 JobState = Literal["queued", "starting", "running", "paused", "finished", "stopped", "failed", "cancelled"]
 OVER: frozenset[str] = frozenset({"finished", "stopped", "failed", "cancelled"})
 """The states of a job that is not under way."""
@@ -54,7 +56,7 @@ class ServiceJob(msgspec.Struct, frozen=True):
 def read_job(run_dir: str | os.PathLike[str]) -> ServiceJob | None:
     """Read the job of a run folder; None if there is none, or the file is damaged. Waits for the disk."""
     try:
-        return msgspec.json.decode(read_below(run_dir, JOB_NAME, MOST_BYTES), type=ServiceJob)
+        return msgspec.json.decode(read_below(run_dir, JOB_NAME, _MOST_FILE_BYTES), type=ServiceJob)
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -66,13 +68,14 @@ def write_job(run_dir: str | os.PathLike[str], job: ServiceJob) -> ServiceJob:
 
     Raises:
         OSError: The disk refused; the earlier file is still there.
-        ValueError: It has more than `MOST_BYTES`, or cannot be encoded.
+        ValueError: The request has more than `MOST_BYTES`, or cannot be encoded.
     """
-    job = msgspec.structs.replace(job, updated=time.time(), reason=None if job.reason is None else job.reason[:2_000])
-    data = msgspec.json.format(msgspec.json.encode(job), indent=2) + b"\n"
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"the request has {len(data):,} bytes, more than {MOST_BYTES:,}")
-    replace_below(run_dir, JOB_NAME, data, mode=0o600)
+    # An exception's text may have lone surrogates, which cannot be encoded.
+    reason = None if job.reason is None else job.reason.encode("utf-8", "backslashreplace").decode()[:2_000]
+    job = msgspec.structs.replace(job, updated=time.time(), reason=reason)
+    if (size := len(msgspec.json.encode(job.request))) > MOST_BYTES:
+        raise ValueError(f"the request has {size:,} bytes, more than {MOST_BYTES:,}; give shorter arguments")
+    replace_below(run_dir, JOB_NAME, msgspec.json.encode(job) + b"\n", mode=0o600)
     return job
 
 
@@ -118,6 +121,9 @@ class FileLock:
             if error.errno in HELD:
                 return None
             raise
+        if not os.fstat(fd).st_nlink:  # removed since it was opened: a lock on it excludes no other process
+            os.close(fd)
+            return None
         return cls(fd)
 
     def release(self) -> None:

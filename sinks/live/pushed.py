@@ -34,6 +34,8 @@ _ENDED_S = 5.0
 """Seconds without a request after which a run that has ended is complete."""
 _RECOUNT_S = 600.0
 """Seconds between two counts of the bytes on disk: runs may be removed meanwhile."""
+_FULL_S = 5.0
+"""The same while the project is full: someone may make room."""
 _LEAST_FREE_BYTES = 2**30
 _LEAST_FILE_BYTES = 4_096
 _PART_BYTES = 2**20
@@ -78,11 +80,11 @@ class Project:
             if time.monotonic() - self._counted_at >= _RECOUNT_S:
                 self._used_bytes, self._counted_at = _used_bytes(self.folder), time.monotonic()
             if self._used_bytes + size > self._most_bytes:
-                self._counted_at = -_RECOUNT_S  # someone may make room
+                self._counted_at = min(self._counted_at, time.monotonic() - _RECOUNT_S + _FULL_S)
                 raise _full(f"the project has {self._used_bytes:,} bytes, of {self._most_bytes:,}; remove runs")
             if shutil.disk_usage(self.folder).free < _LEAST_FREE_BYTES + size:
                 raise _full("the server's disk is nearly full; make room there")
-            if not path.exists() and sum(1 for _ in os.scandir(self.folder)) >= MOST_RUNS:
+            if not path.exists() and len(os.listdir(self.folder)) >= MOST_RUNS:
                 raise _full(f"the project has {MOST_RUNS:,} runs, the maximum; remove some")
             self._used_bytes += max(size, _LEAST_FILE_BYTES)
 
@@ -110,10 +112,11 @@ class PushedRun:
             line = None if newest is None else encode_lines([newest], newest.seq - 1)[:-1].decode()
             return {"cursor": tail.last_seq, "newest": line}
 
-    def write(self, sender: str, lines: list[bytes], ends: bool) -> int:
-        """Append events; return the ``seq`` of the newest durable one. Raises `Refused`."""
+    def write(self, sender: str, body: bytes, ends: bool) -> int:
+        """Append the events of some lines; return the ``seq`` of the newest durable one. Raises `Refused`."""
         with self._lock:
             self._check_sender(sender)
+            lines = [line for line in body.split(b"\n") if line]
             if (lines or self.path.exists()) and not self._copy.is_open:
                 self._copy.open()
             events: list[Event] = []
@@ -149,7 +152,7 @@ class PushedRun:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether its sender has been silent for so long that the folder is to be released."""
+        """Whether its sender has been silent so long that the server releases the folder."""
         quiet_s = time.monotonic() - self.heard_at
         return not self.requests and quiet_s > (_ENDED_S if self._copy.has_ended else SILENT_S)
 

@@ -11,8 +11,8 @@
 Each has ``run=`` and ``sender=`` in its query, and the project's token as a bearer token. 409: the lines do not follow
 the newest event, or another sender has the run; it asks again with GET.
 
-Memory: at most `MOST_REQUESTS` bodies of events, `MOST_BODY_BYTES` each, and parts of files. Disk: a limit per project,
-and none of the last gibibyte.
+Memory: at most `MOST_REQUESTS` bodies of events, `MOST_BODY_BYTES` each, four of them decoded, and parts of files.
+Disk: a limit per project, and none of the last gibibyte.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ class Pushes:
         for name, token in tokens.items():
             if not PROJECT.fullmatch(name):
                 raise SinkMisconfigured(f"{name!r:.80} is not a project; give at most 64 letters, digits, - and _")
-            check_token_text(token)
+            try:
+                check_token_text(token)
+            except SinkMisconfigured as error:
+                raise SinkMisconfigured(f"project {name}: {error}") from None
             self._projects[name] = Project(folder / name, token, most_bytes)
         self._runs: dict[tuple[str, str], PushedRun] = {}  # those whose senders are there
         self._lock = threading.Lock()  # around it; held for no disk
@@ -129,28 +132,29 @@ class Pushes:
             if size:
                 await self._on_thread(partial(project.reserve, size, run.path))
             ends = request.query_params.get("end") == "1"
-            lines = bytes(body).split(b"\n")
-            cursor = await self._on_thread(partial(run.write, sender, [one for one in lines if one], ends))
+            cursor = await self._on_thread(partial(run.write, sender, bytes(body), ends))
             return JsonResponse({"cursor": cursor})
 
     async def _media(self, request: HttpRequest) -> Response:
         path = request.query_params.get("path", "")
         if not _MEDIA.fullmatch(path):
             raise Refused(400, "path is not that of a file in media/")
-        with self._counted(request) as (project, run, sender), tempfile.TemporaryFile() as file:
+        with self._counted(request) as (project, run, sender):
             size = _length(request, MOST_MEDIA_BYTES)
             await self._on_thread(partial(project.reserve, size, run.path))
-            received, pending = 0, bytearray()
-            async for part in _parts(request):
-                received += len(part)
-                if received > size:
-                    raise Refused(400, "the body is longer than its Content-Length")
-                pending += part
-                if len(pending) >= _PART_BYTES:
-                    await self._on_thread(partial(file.write, bytes(pending)))
-                    pending.clear()
-            await self._on_thread(partial(file.write, bytes(pending)))
-            await self._on_thread(partial(run.keep, sender, path, file))
+            # On the disk that has room for it; the system's temporary folder may be in memory.
+            with await self._on_thread(lambda: tempfile.TemporaryFile(dir=project.folder)) as file:
+                received, pending = 0, bytearray()
+                async for part in _parts(request):
+                    received += len(part)
+                    if received > size:
+                        raise Refused(400, "the body is longer than its Content-Length")
+                    pending += part
+                    if len(pending) >= _PART_BYTES:
+                        await self._on_thread(partial(file.write, bytes(pending)))
+                        pending.clear()
+                await self._on_thread(partial(file.write, bytes(pending)))
+                await self._on_thread(partial(run.keep, sender, path, file))
             return JsonResponse({})
 
     @contextlib.contextmanager
@@ -222,7 +226,7 @@ def _length(request: HttpRequest, most: int) -> int:
 
 
 async def _parts(request: HttpRequest) -> AsyncIterator[bytes]:
-    """Yield the body of a request. Raises `Refused` if the client stops to send it."""
+    """Yield the body of a request. Raises `Refused` if the client stops sending it."""
     parts = request.stream()
     while True:
         part: bytes | None = None

@@ -63,7 +63,7 @@ class Publisher:
         ConnectionError: It is away, or has no JetStream.
     """
 
-    limit = "its max_payload"
+    fix = "raise its max_payload"
 
     def __init__(self, sink: NATS, address: NatsAddress, run: RunInfo) -> None:
         self._sink = sink

@@ -35,7 +35,8 @@ ALIVE_S = 10.0
 """Seconds without a request after which the sender reports that it is there."""
 _BODY_BYTES = 2**18
 """Bytes after which a request ends, so that a slow network brings it across in time."""
-_ANSWER_BYTES = 4 * 2**20
+_ANSWER_BYTES = 2 * MOST_LINE_BYTES + 2**16
+"""Maximum bytes per answer: the newest line is a text in it, each of whose characters may be escaped."""
 _ANSWER_S = 30.0
 _CONNECT_S = 5.0
 _END_S = 2.0
@@ -71,7 +72,7 @@ class Sender:
         ConnectionError: It is away.
     """
 
-    limit = "the bounds of Push"
+    fix = "log less per event"
 
     def __init__(self, url: str, project: str, token: str, run: RunInfo) -> None:
         self.newest: Event | None = None
@@ -81,27 +82,32 @@ class Sender:
         self._is_connected = self._was_connected = False
         self._sent_at = time.monotonic()
         self._closed = threading.Event()
-        host = httpx.URL(url).host
-        if url.startswith("http:") and not is_loopback(host):
-            logger.warning(
-                f"Push sends its token to {host} without encryption, so others on the network can read it; use https"
-            )
         try:
+            address = httpx.URL(url)
+            server = f"{address.scheme}://{address.netloc.decode()}"
+            is_local = is_loopback(address.host)
             self._client = httpx.Client(
                 headers={"authorization": f"Bearer {token}", "accept-encoding": "identity"},
                 timeout=httpx.Timeout(_ANSWER_S, connect=_CONNECT_S),
                 follow_redirects=False,  # the token must not reach another server
                 cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=[])),
-                mounts={f"{httpx.URL(url).scheme}://{host}": None} if is_loopback(host) else None,  # no proxy
+                mounts={server: None} if is_local else None,  # no proxy
             )
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             why = plain_text(masked(str(error)))
-            raise SinkMisconfigured(f"Push: the environment's proxy settings cannot be used: {why}") from None
+            raise SinkMisconfigured(
+                f"Push: the address, or the environment's proxy settings, cannot be used: {why}"
+            ) from None
         try:
             self._connect()
         except BaseException:  # propagates unchanged, without the connections
             self._client.close()
             raise
+        if address.scheme == "http" and not is_local:  # once: while the server is away, the sink is opened repeatedly
+            logger.warning(
+                f"Push sends its token to {address.host} without encryption, so others on the network can read it;"
+                " use https"
+            )
         threading.Thread(target=in_this_run(self._stay_alive), name="stagecast-push", daemon=True).start()
 
     def publish(self, messages: Sequence[Message]) -> None:
@@ -240,11 +246,9 @@ class Sender:
 
     def _stay_alive(self) -> None:
         while not self._closed.wait(max(0.1, self._sent_at + ALIVE_S - time.monotonic())):
-            if self._is_connected and time.monotonic() - self._sent_at >= ALIVE_S:
-                with contextlib.suppress(ConnectionError):
+            if time.monotonic() - self._sent_at >= ALIVE_S:
+                with contextlib.suppress(ConnectionError):  # the sink's next events report it
                     self._ask("POST", "events", {"sender": self._name}, b"")
-            elif not self._is_connected:
-                self._closed.wait(1.0)  # the sink's own requests connect again
 
 
 def _read(answer: httpx.Response) -> bytes:

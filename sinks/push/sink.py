@@ -111,7 +111,7 @@ class Push(Strict, frozen=True):
 def _is_address(url: object) -> bool:
     """Whether it is the address of a page, without a password."""
     try:
-        parts = urlsplit(url) if isinstance(url, str) else None
+        parts = urlsplit(url) if isinstance(url, str) and url.isprintable() else None
         if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             return False
     except ValueError:

@@ -285,11 +285,20 @@ def test_a_server_that_takes_no_runs_is_named(serve: Any, tmp_path: Path) -> Non
         Push(url, TOKEN, "vision").open(RunInfo("demo"))
 
 
+def test_a_page_at_a_loopback_address_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both versions of the protocol."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:2")
+    for host in ("127.0.0.1", "[::1]"):
+        with pytest.raises(ConnectionError, match="does not take events: ConnectError"):
+            Push(f"http://{host}:1/", TOKEN, "vision").open(RunInfo("demo"))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"url": "example.org"}, "is not the address of a page"),
         ({"url": "https://user:secret@example.org"}, "is not the address of a page"),
+        ({"url": "https://exam\nple.org"}, "is not the address of a page"),
         ({"project": "../x"}, "is not a name"),
         ({"token": None}, "Push has no token; give token=, or set the environment variable STAGECAST_PUSH_TOKEN"),
         ({"token": "short"}, "too short"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from events.run.job import LOCK_NAME, FileLock, ServiceJob, read_job, settle_job
 from events.run.summary import Summary
 from events.table.table import RunTable
 from trainer import job_folder
-from trainer.job_folder import MOST_KILLS, Unavailable
+from trainer.job_folder import MOST_KILLS, JobFolder, Unavailable
 from trainer.remote.launch_arguments import argument_errors
 from trainer.run_manager import RunManager
 
@@ -121,7 +122,27 @@ async def test_jobs_are_bounded_and_a_damaged_file_is_none(tmp_path: Path, monke
             await manager.start(f"run-{number}", {})
         with pytest.raises(Unavailable, match="2 runs are queued or under way, the maximum"):
             await manager.start("run-2", {})
+        monkeypatch.setattr(job_folder, "MOST_LISTED", 1)  # those that are not over are listed in any case
         assert [job.run_id for job in await manager.jobs()] == ["run-0", "run-1"]
+
+
+def test_a_job_of_a_dead_process_is_taken_once_the_disk_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock is released meanwhile, for other processes too."""
+    folder = JobFolder(tmp_path, slots=1)
+    (tmp_path / "one").mkdir()
+    write_job(tmp_path / "one", ServiceJob("one", {}, asked=1.0, state="running"))
+
+    def refuse(run_dir: Path, job: ServiceJob) -> ServiceJob:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job_folder, "write_job", refuse)
+        assert folder.take_orphans(()) == []
+    (taken,) = folder.take_orphans(())
+    assert (taken.job.state, taken.job.kills) == ("queued", 1)
+    taken.lock.release()
 
 
 def test_tables_show_jobs_without_a_journal(tmp_path: Path) -> None:
@@ -130,9 +151,9 @@ def test_tables_show_jobs_without_a_journal(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     job = write_job(tmp_path / "one", ServiceJob("one", {}, asked=5.0))
     assert [(entry.name, entry.run.status, entry.run.started) for entry in table.look()] == [("one", "queued", 5.0)]
-    write_job(tmp_path / "one", msgspec.structs.replace(job, state="failed", reason="no data"))
+    write_job(tmp_path / "one", msgspec.structs.replace(job, state="failed", reason="no data \udcff"))
     (entry,) = table.look()
-    assert (entry.run.status, entry.run.reason) == ("failed", "no data")
+    assert (entry.run.status, entry.run.reason) == ("failed", "no data \\udcff")
     lock = FileLock.take(tmp_path / "one", LOCK_NAME)
     assert (lock is not None, FileLock.take(tmp_path / "one", LOCK_NAME)) == (True, None)
     finished = Summary("one", 1, "finished", updated=9.0)

@@ -1,7 +1,7 @@
 """A training service: starts runs, in this process or in their own, and lists, stops, pauses and checkpoints them.
 
-``python -m trainer.examples.service`` serves it at http://127.0.0.1:8000/docs, and the page of all runs at ``/``. What
-it was asked is in the run folders: a service that was killed, or stopped, continues its jobs when it starts again.
+``python -m trainer.examples.service`` serves it at http://127.0.0.1:8000/docs, and the page of all runs at ``/``.
+Requests are kept in the run folders: a service that was killed, or stopped, continues its jobs when it starts again.
 Embedding needs three parts: a lifespan that holds the runs in a task group and stops them cleanly
 (`trainer.run_manager`), the mounted live application, and its access checks around the other routes.
 """
@@ -110,7 +110,7 @@ async def open_run(folder: Path, recipes: Mapping[str, str], job: ServiceJob) ->
     """Build the trainer of a job and open its run: in a process of its own, or in a thread of this one."""
     order = Order.model_validate(job.request)
     if order.recipe not in recipes:  # the service has been started with others
-        raise LookupError(f"there is no recipe {order.recipe}")
+        raise LookupError(f"{order.recipe!r} is not a recipe of this service; start the service with it")
     factory, place = recipes[order.recipe], {"run_id": job.run_id, "run_dir": str(folder / job.run_id)}
     if order.launched:
         async with launch(factory, {**order.arguments, **place}) as run:
@@ -250,7 +250,10 @@ def create_app(
     async def start_run(order: Order, manager: Manager) -> Shown:
         await anyio.to_thread.run_sync(_check, order, recipes)
         with _conflict_if(Unavailable):
-            job = await manager.start(order.run_id, order.model_dump(), again=order.again)
+            try:
+                job = await manager.start(order.run_id, order.model_dump(), again=order.again)
+            except ValueError as error:  # a text with lone surrogates, or too much
+                raise _invalid([(("arguments",), str(error))]) from None
         return (await _shown(manager, job))[0]
 
     app.include_router(routes, dependencies=guarded)
@@ -265,9 +268,12 @@ def _check(order: Order, recipes: Mapping[str, str]) -> None:
         found = {"": unknown_names([order.recipe], sorted(recipes))[0]}
     if found:
         places = {name: ("arguments", name) if name else ("recipe",) for name in found}
-        raise RequestValidationError(
-            [{"type": "value_error", "loc": ("body", *places[name]), "msg": text} for name, text in found.items()]
-        )
+        raise _invalid([(places[name], text) for name, text in found.items()])
+
+
+def _invalid(found: list[tuple[tuple[str, ...], str]]) -> RequestValidationError:
+    problems = [{"type": "value_error", "loc": ("body", *place), "msg": text} for place, text in found]
+    return RequestValidationError(problems)
 
 
 class Guard:
