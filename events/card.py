@@ -12,7 +12,7 @@ from events.text import plain_text
 if TYPE_CHECKING:
     from events.protocol import RunResult
 
-SIGNS = {"finished": "✓", "running": "●", "stopped": "■", "failed": "✗", "cancelled": "■", "lost": "✗"}
+_SIGNS = {"finished": "✓", "running": "●", "stopped": "■", "failed": "✗", "cancelled": "■", "lost": "✗"}
 _COLOURS = {"finished": "#2da44e", "running": "#2f81f7", "stopped": "#bf8700", "failed": "#d1242f", "lost": "#d1242f"}
 _MOST_CHARS = 500
 """Maximum characters per text."""
@@ -25,7 +25,7 @@ _CELL = "text-align:left;vertical-align:top;padding:1px 12px 1px 0;border:0;back
 def card(title: str, status: str, rows: Iterable[tuple[str, str]], problems: Sequence[str]) -> str:
     """Return a card with a title, a status, named values and problems. All texts are escaped."""
     colour = _COLOURS.get(status, "#6e7781")
-    sign = SIGNS.get(status, "·") if not problems or status != "finished" else "!"
+    sign = _SIGNS.get(status, "·") if not problems or status != "finished" else "!"
     if problems and status == "finished":
         colour = _COLOURS["stopped"]
     shown = [
@@ -57,8 +57,8 @@ def escaped(text: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return hours, minutes and seconds: ``0:04:12``."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+    """Return hours, minutes and seconds: ``0:04:12``; 0 if the clock was set back meanwhile."""
+    return str(datetime.timedelta(seconds=round(max(0.0, seconds))))
 
 
 def result_card(result: RunResult) -> str:

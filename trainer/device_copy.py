@@ -13,7 +13,7 @@ class DeviceCopy:
         self._copied: torch.cuda.Event | None = None
         if self._tensor.is_cuda:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._tensor.device))
 
     @property
     def nbytes(self) -> int:

@@ -221,7 +221,19 @@ def _picture_of(pixels: torch.Tensor) -> Picture:
     return frombytes(_MODES[channels], (width, height), data)
 
 
-_KINDS: dict[type, str] = {Audio: "a sound", Table: "a table"}
+_KINDS: dict[type, str] = {
+    Histogram: "a histogram",
+    Image: "an image",
+    Drawn: "an image",
+    Audio: "a sound",
+    Table: "a table",
+    LoggedText: "a text",
+}
+
+
+def kind_of(value: Histogram | Written) -> str:
+    """Return the kind of a logged value with its article, for messages; a subclass has that of its base."""
+    return next(kind for base, kind in _KINDS.items() if isinstance(value, base))
 
 
 class _Item(NamedTuple):
@@ -260,7 +272,7 @@ class MediaWriter:
     def add(self, name: str, what: Written, header: Header, key: str | None, of_seq: int | None) -> None:
         """Enqueue one value. Any thread; never waits: a value beyond the limits is dropped, and counted."""
         if self._folder is None and not isinstance(what, LoggedText):
-            kind = _KINDS.get(type(what), "an image")
+            kind = kind_of(what)
             self._warn_once(f"{name!r} is not stored: {kind} needs a run folder; set run_dir or enable the journal")
             return
         nbytes = 4 * len(what.text) if isinstance(what, LoggedText) else what.nbytes

@@ -59,12 +59,12 @@ class Table:
         if not names:
             raise ValueError("Table() got no columns; pass their names, or a dict of columns")
         if len(names) > MOST_COLUMNS:
-            raise ValueError(f"Table() got {len(names):,} columns, of at most {MOST_COLUMNS}; leave some out")
+            raise ValueError(f"Table() got {len(names):,} columns, of at most {MOST_COLUMNS}; drop some of them")
         self._columns = [_text(name, f"column {number}")[:MOST_CHARS] for number, name in enumerate(names, 1)]
         self._total = total
         self._long = 0
         # A tensor of a column is copied at once, instead of each of its elements.
-        found = enumerate(columns.values()) if isinstance(columns, Mapping) else ()
+        found = enumerate(columns.values()) if rows is None and isinstance(columns, Mapping) else ()
         self._tensors = {at: DeviceCopy(one[:MOST_ROWS]) for at, one in found if isinstance(one, torch.Tensor)}
         self._rows = [
             [self._cell(value, f"row {at}, column {name!r}") for name, value in zip(self._columns, row, strict=True)]

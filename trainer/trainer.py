@@ -243,7 +243,7 @@ class Trainer:
 
     @refusing(TRAIN_ARGUMENTS)
     def start(self) -> Run:
-        """Train in the background, and return at once: for notebooks, where a run outlives the cell that starts it::
+        """Train in the background, for notebooks, where a run outlives the cell that starts it; returns once it runs::
 
             run = trainer.start()            # in one cell
             result = await run.result()      # in another, after run.stop() or at the end
@@ -258,8 +258,7 @@ class Trainer:
         """
         __tracebackhide__ = True
         if self._background is not None and not self._background.over.is_set():
-            name = self._background.session.origin.run_id
-            raise StagecastError(f"run {name} of this trainer is still under way; run.stop() ends it")
+            raise StagecastError(self._background.refusal)
         self._background = run = Background(self, self._sinks_here(default_sinks()))
         run.start()
         return handle_of(run)

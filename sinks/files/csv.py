@@ -62,7 +62,8 @@ class CSV(Strict, frozen=True):
     prefixed with ``'``; numbers are not. A resumed run continues the table. Each row is written once and completely: a
     row that a killed process has torn is removed. Superseded steps stay in the table; ``attempt`` distinguishes them.
     Several runs may write to one file, one after the other; a second run of the same name is appended with a warning.
-    The run folder has the hyperparameters, in ``arguments.json`` and ``config.json``.
+    The run folder has the hyperparameters, in ``arguments.json`` and ``config.json``. Histograms, images, sounds,
+    tables and texts are skipped.
     """
 
     path: str | None = None

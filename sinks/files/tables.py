@@ -40,5 +40,6 @@ def markdown_of(table: TableContent) -> bytes:
 
 
 def _cell(value: TableCell) -> str:
-    text = "" if value is None else html.escape(str(value), quote=False).replace("|", "\\|")
+    text = "" if value is None else html.escape(str(value), quote=False)
+    text = text.replace("|", "&#124;")  # a backslash does not escape it where another one precedes
     return " ".join(text.split())

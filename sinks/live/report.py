@@ -23,7 +23,7 @@ from sinks.live.stored import read_view
 from sinks.live.view import RunView
 
 MOST_MEDIA_BYTES = 32 * 2**20
-"""Maximum bytes of images per report; the oldest images are skipped beyond it."""
+"""Maximum bytes of images, sounds and tables per report; beyond it, the oldest are skipped."""
 MOST_RUNS = 100
 """Maximum runs with curves per report, the newest ones; the results of all are in its table."""
 _MOST_POINTS = 1_000_000

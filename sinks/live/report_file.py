@@ -22,7 +22,7 @@ from sinks.live.series import Series, plain, thinned
 from sinks.live.view import LogEntry
 
 MOST_BYTES = 1_000_000
-"""Maximum bytes of a report without its images; its curves have at least half of them."""
+"""Maximum bytes of a report without its media; its curves have at least half of them."""
 _NEXT = b'</script>\n<script type="text/plain" id="values">'
 
 
@@ -73,7 +73,7 @@ def document(
 
     Args:
         data: The members of the report beside its runs.
-        media: Images by their address on the page, as data addresses.
+        media: Images, sounds and tables by their address on the page, as data addresses.
     """
     report = data | {"runs": [run.snapshot for run in runs]}
     packed = _packed(encode({"library": library(), "modules": modules(), "report": report}))
@@ -204,7 +204,9 @@ class Rounding(NamedTuple):
     def steps_of(self, column: Sequence[float]) -> list[int]:
         """Return the steps from the middle; 0 for values that are not finite."""
         middle, size, scale = self
-        return [round(math.asinh((value - middle) / size) * scale) if math.isfinite(value) else 0 for value in column]
+        most = sys.float_info.max  # the lowest and highest values of points may be much farther away than the means
+        ratios = (max(-most, min((value - middle) / size, most)) if math.isfinite(value) else 0.0 for value in column)
+        return [round(math.asinh(ratio) * scale) for ratio in ratios]
 
 
 def _page(packed: bytes, media: str) -> tuple[bytes, bytes]:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from events.bounds import MAX_LINE_CHARS, BoundDict, BoundList, BoundName, BoundText, Int64, UnixTime
+from events.bounds import MAX_LINE_CHARS, BoundDict, BoundList, BoundName, BoundText, Count, Int64, UnixTime
 from events.health import ObserverState
 from events.messages import (
     AudioLogged,
@@ -83,7 +83,7 @@ class HistogramStep(msgspec.Struct, omit_defaults=True):
     low: float
     high: float
     counts: BoundList[float]
-    skipped: int = 0
+    skipped: Count = 0
     """Steps before it that were logged, but are not kept."""
 
 

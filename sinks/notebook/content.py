@@ -6,6 +6,7 @@ import base64
 import functools
 import gzip
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,7 @@ from sinks.live.view import LogEntry, RunView
 MOST_PACKED = 360_000
 """Maximum bytes of the packed page with its run, which the notebook's file keeps. The page alone takes a third."""
 MOST_MESSAGE = 1_000_000
-"""Maximum bytes per snapshot that follows; a Jupyter server forwards a megabyte per second by default."""
+"""Maximum bytes per message that follows; a Jupyter server forwards a megabyte per second by default."""
 MOST_OF_A_FRAME = 1_500
 """Maximum points per frame."""
 _POINTS_IN_ALL = 40_000
@@ -30,7 +31,7 @@ _POINTS_IN_ALL = 40_000
 _FEWEST_POINTS = 8
 """Of a curve, however many there are."""
 _MOST_LINES = 200
-"""Maximum lines of the log, and maximum checkpoints, where the points of curves had to be reduced."""
+"""Maximum lines of the log, and maximum checkpoints, in a snapshot that had to be reduced."""
 FILES = ("image", "audio", "table")
 """Media that are files of the run folder, which a notebook's page cannot reach."""
 
@@ -61,11 +62,12 @@ def charts_html(view: RunView, options: Options) -> str:
     """Return the page with the run in it, packed, and the script that unpacks it into a frame."""
     name, script = host()
     around = {"host": name, **msgspec.structs.asdict(options)}
-    most, packed = _points_of(view), ""
-    while not packed or (len(packed) > MOST_PACKED and most >= _FEWEST_POINTS):
-        data = encode({"runs": [snapshot(view, most)], "media": {}, "notebook": around})
+    packed = ""
+    for shown in _snapshots(view):
+        data = encode({"runs": [shown], "media": {}, "notebook": around})
         packed = base64.b64encode(gzip.compress(document(data).encode("utf-8", "replace"), mtime=0)).decode()
-        most //= 2
+        if len(packed) <= MOST_PACKED:
+            break
     return (
         f'<div data-stagecast-charts="{options.id}" data-packed="{packed}"></div>'
         f"<script>{script}\n{name}.open({_script_json(options)}, document.currentScript);</script>"
@@ -74,23 +76,29 @@ def charts_html(view: RunView, options: Options) -> str:
 
 def message_of(view: RunView) -> bytes:
     """Return a snapshot for a page that is open already."""
-    most, data = _points_of(view), b""
-    while not data or (len(data) > MOST_MESSAGE and most >= _FEWEST_POINTS):
-        data, most = encode(snapshot(view, most)), most // 2
+    data = b""
+    for shown in _snapshots(view):
+        data = encode(shown)
+        if len(data) <= MOST_MESSAGE:
+            break
     return data
 
 
-def _points_of(view: RunView) -> int:
-    """Return the points per curve to try first."""
-    return min(MOST_POINTS, max(_FEWEST_POINTS, _POINTS_IN_ALL // max(1, len(view.curves.series))))
+def _snapshots(view: RunView) -> Iterator[dict[str, object]]:
+    """Yield the whole snapshot, then smaller ones: without histograms and texts, and with fewer points per curve."""
+    most = min(MOST_POINTS, max(_FEWEST_POINTS, _POINTS_IN_ALL // max(1, len(view.curves.series))))
+    yield _snapshot(view, most, is_reduced=False)
+    while most >= _FEWEST_POINTS:
+        yield _snapshot(view, most, is_reduced=True)
+        most //= 2
 
 
-def snapshot(view: RunView, most: int) -> dict[str, object]:
-    """Return a snapshot with a maximum of points per curve; with fewer than usual, the rest is reduced, too."""
+def _snapshot(view: RunView, most: int, *, is_reduced: bool) -> dict[str, object]:
+    """Return a snapshot with a maximum of points per curve."""
     told = view.snapshot()
     told["series"] = {name: plain(thinned(series, most)) for name, series in view.curves.series.items()}
     told["media"] = [one for one in view.media if one.kind not in FILES]
-    if most < MOST_POINTS:
+    if is_reduced:
         checkpoints = list(view.checkpoints.values())[-_MOST_LINES:]
         told |= {"media": [], "histograms": {}, "log": view.log[-_MOST_LINES:], "checkpoints": checkpoints}
     return told
@@ -119,7 +127,9 @@ def _extremes(steps: list[int], values: list[float | str], most: int) -> tuple[l
 
 def progress_html(view: RunView, options: Options, message: bytes | None) -> str:
     """Return the progress as text and a bar, the warnings, and the message for the page below."""
-    state = f"paused · {progress_text(view)}" if view.run.paused else progress_text(view)
+    state = progress_text(view)
+    if view.run.paused and view.evaluation is not None:  # only the line of training has it
+        state = f"paused · {state}"
     total = view.total_steps
     value = f' value="{view.run.global_step / total:.4f}"' if total else ""
     bar = f'<progress max="1"{value} style="width:100%"></progress>'

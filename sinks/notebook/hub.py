@@ -9,6 +9,7 @@ from sinks.live.hub import Hub
 from sinks.live.view import Changes
 from sinks.notebook.content import (
     FILES,
+    MOST_MESSAGE,
     Options,
     charts_html,
     end_html,
@@ -61,14 +62,18 @@ class CellHub(Hub):
 
     def _next(self) -> bytes:
         self._has_news()  # sets whether commands are taken
-        if self._is_new or self._changes is None or self._frames_bytes > _FRAMES_BYTES:
-            self._begin()
-            return message_of(self.view)
-        members = self._changes.members()
-        members["points"] = reduced(self._changes.points)
-        members["media"] = [one for one in self._changes.media if one.kind not in FILES]
-        self._changes = Changes()
-        self._sent_cursor = self.view.cursor
-        frame = encode({"type": "frame", "cursor": self.view.cursor, "time": time.time(), **members})
-        self._frames_bytes += len(frame)
-        return frame
+        if self._changes is not None and not self._is_new and self._frames_bytes <= _FRAMES_BYTES:
+            frame = self._frame(self._changes)
+            if len(frame) <= MOST_MESSAGE:
+                self._changes = Changes()
+                self._sent_cursor = self.view.cursor
+                self._frames_bytes += len(frame)
+                return frame
+        self._begin()
+        return message_of(self.view)
+
+    def _frame(self, changes: Changes) -> bytes:
+        members = changes.members()
+        members["points"] = reduced(changes.points)
+        members["media"] = [one for one in changes.media if one.kind not in FILES]
+        return encode({"type": "frame", "cursor": self.view.cursor, "time": time.time(), **members})

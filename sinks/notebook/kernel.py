@@ -47,7 +47,7 @@ class Cell:
 
         Args:
             part: ``progress`` or ``charts``.
-            text: What a front end without HTML shows.
+            text: Shown by a front end without HTML.
         """
         self._publish(part, html, text, update=True)
 
@@ -59,7 +59,8 @@ class Cell:
     def take_commands(self, run_dir: Path | None) -> str | None:
         """Accept commands from the page; return the kernel's id at its Jupyter server, None where none can arrive."""
         kernel = self._shell.kernel
-        if run_dir is None or "kernel subshells" not in kernel.kernel_info.get("supported_features", ()):
+        features = getattr(kernel, "kernel_info", {}).get("supported_features", ())  # of ipykernel, not of xeus-python
+        if run_dir is None or "kernel subshells" not in features:
             return None
         found = re.fullmatch(r"kernel-(.+)\.json", Path(getattr(kernel.parent, "connection_file", "")).name)
         if found is None:

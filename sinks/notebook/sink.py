@@ -75,12 +75,15 @@ class NotebookWriter:
         hub.allows_commands = kernel is not None
         self._options = Options(cell.display_id, kernel, live=True)
         self._has_page = False
+        self._error: Exception | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._publish, name="stagecast-notebook", daemon=True)
         self._thread.start()
 
     def write(self, events: Sequence[Event]) -> None:
-        """Add events; the display follows within half a second."""
+        """Add events; the display follows within half a second. Raises the exception that ended the thread."""
+        if self._error is not None:
+            raise self._error
         self._hub.feed(events)
 
     def close(self) -> None:
@@ -94,6 +97,12 @@ class NotebookWriter:
             self._cell.show("charts", self._hub.charts(options))
 
     def _publish(self) -> None:
+        try:
+            self._follow()
+        except Exception as error:  # the thread's border: `write` raises it
+            self._error = error
+
+    def _follow(self) -> None:
         shown_at = time.monotonic()
         while not self._over.wait(_EVERY_S):
             if self._hub.has_news or time.monotonic() - shown_at >= _ALIVE_S:

@@ -51,13 +51,14 @@ _STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "cancelled": "KILLED",
 
 
 class MLflow(Strict, frozen=True):
-    """Logs a run to MLflow: numbers, arguments, images, texts, and how it ended::
+    """Logs a run to MLflow: numbers, arguments, media, and how it ended::
 
         Trainer(module, arguments, sinks=[MLflow("http://mlflow.example:5000", experiment="digits")]).train()
 
     Numbers have their names in `events.metrics.metrics_of`, their ``global_step`` and the time of their event.
     Arguments are parameters, nested ones as ``outer/inner``, and complete in ``arguments.json``. Images are in
-    ``images/NAME/STEP.png``, texts in ``texts/NAME/STEP.txt``. A stopped run is ``FINISHED``, a cancelled one
+    ``images/NAME/STEP.png``, sounds in ``audio/NAME/STEP.wav``, tables in ``tables/NAME/STEP.json`` (the format of
+    ``mlflow.log_table``), texts in ``texts/NAME/STEP.txt``. A stopped run is ``FINISHED``, a cancelled one
     ``KILLED``; the tag ``stagecast.status`` has the exact status. The tags ``mlflow.source.git.commit``,
     ``stagecast.git_dirty`` and ``stagecast.command_line`` have the run's origin. Histograms are skipped, because MLflow
     has none.

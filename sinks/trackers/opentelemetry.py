@@ -41,7 +41,7 @@ class OpenTelemetry(Strict, frozen=True):
     of instruments it is free text, so names are unchanged and distinct. The newest values of each batch are sent, with
     the time of its newest event. There are sums (``stagecast.steps``, ``stagecast.rows``, ``stagecast.checkpoints``,
     ``stagecast.ledger_seconds``, ...) and a histogram of step times, which start at zero in each attempt, with a start
-    time of their own.
+    time of their own. Histograms, images, sounds, tables and texts that user code logs are skipped.
 
     **Spans.** ``run`` contains ``train_epoch``, ``test``, ``checkpoint`` and ``checkpoint_upload``; an epoch contains
     its ``validation``. They have the times of their events, the attributes ``stagecast.run_id``,

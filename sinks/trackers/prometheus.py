@@ -46,7 +46,7 @@ class Prometheus(Strict, frozen=True):
     ``stagecast_metric{name="val_loss"}``. Other families are ``stagecast_steps_total``, ``stagecast_step_seconds`` (a
     histogram), ``stagecast_run_state{state="running"}``, ``stagecast_checkpoints_total{outcome="saved"}``,
     ``stagecast_observer_failures_total{observer="..."}``, ``stagecast_ledger_seconds_total{row="data"}`` (the stall
-    ledger), and more.
+    ledger), and more. Histograms, images, sounds, tables and texts that user code logs are skipped.
 
     A run with a folder writes its address to ``prometheus-RUN.json`` next to that folder, for Prometheus's discovery,
     and removes it at the end: a ``file_sd_configs`` with ``files: [runs/prometheus-*.json]`` finds all runs (Prometheus

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,15 @@ def test_folders_that_make_no_report_are_refused(report: Report, tmp_path: Path)
         code, errors = report(*arguments)
         assert (code, message in errors) == (2 if "--notes" in arguments else 1, True), errors
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_value_that_is_too_far_from_the_others_for_its_rounding_has_the_farthest_step() -> None:
+    """A run whose means differ by a denormal number, between values that cancel each other out, has a report."""
+    rounding = report_file.Rounding.of([0.0] * 9 + [5e-324], 1_000)
+    assert rounding is not None
+    low, middle, high = rounding.steps_of([-1e10, 0.0, 1e10])
+    assert (low, middle) == (-high, 0)
+    assert high == round(1_000 * math.asinh(sys.float_info.max))
 
 
 def test_a_report_has_all_runs_of_a_folder_each_once(report: Report, tmp_path: Path, visit: Any) -> None:

@@ -352,13 +352,21 @@ def _torn(told: Told) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def _enormous(told: Told) -> None:
+    path = told.path / STORE_NAME
+    stored = msgspec.msgpack.decode(path.read_bytes())
+    row = {"step": 1, "low": 0.0, "high": 1.0, "counts": [1.0], "skipped": 2**63}
+    stored["view"]["histograms"] = {"h": [row]}
+    path.write_bytes(msgspec.msgpack.encode(stored))
+
+
 def _nested(told: Told) -> None:
     (told.path / STORE_NAME).write_bytes(b"\x91" * 100_000)
 
 
-@pytest.mark.parametrize("change", [_another_run, _resumed, _cut, _newer, _older, _torn, _nested])
+@pytest.mark.parametrize("change", [_another_run, _resumed, _cut, _newer, _older, _torn, _enormous, _nested])
 def test_a_stored_view_that_does_not_fit_is_not_used(told: Told, change: Any) -> None:
-    """Of another run of the same name, with superseded steps, beyond the journal, of another version, torn."""
+    """Of another run of the same name, with superseded steps, beyond the journal, of another version, torn, altered."""
     told.start(100)
     write_view(told.path, read_view(told.path)[0])
     change(told)

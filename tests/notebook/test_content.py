@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from live.kit import Story
 from notebook.kit import unpacked
+from support.threads import WAIT_S
 
 from events.card import card
-from events.messages import MetricsLogged, RunEnded, StallLedger, WarningLogged
+from events.messages import HistogramLogged, MetricsLogged, RunEnded, StallLedger, TextLogged, WarningLogged
 from events.protocol import RunResult
 from sinks.live.view import RunView
 from sinks.notebook.content import (
@@ -26,6 +29,9 @@ from sinks.notebook.content import (
     progress_html,
     reduced,
 )
+from sinks.notebook.hub import CellHub
+from sinks.notebook.kernel import Cell
+from sinks.notebook.sink import NotebookWriter
 
 OPTIONS = Options("stagecast-1", None, live=True)
 
@@ -48,6 +54,41 @@ def test_the_page_of_a_run_with_hundreds_of_noisy_metrics_has_a_bounded_size() -
     assert max(curve["max"]) == 99.0
     assert curve["count"] == len(metrics)
     assert len(message_of(view)) < MOST_MESSAGE
+
+
+def test_the_page_of_a_run_with_many_curves_has_its_histograms_and_texts() -> None:
+    story = Story()
+    numbers = story.metrics(**{f"m{number}": 1.0 for number in range(50)})
+    histogram, text = story(HistogramLogged, name="h", counts=[1.0]), story(TextLogged, name="t", text="x")
+    view = view_of(story, numbers, histogram, text)
+    for shown in (unpacked(charts_html(view, OPTIONS))["runs"][0], json.loads(message_of(view))):
+        assert (list(shown["histograms"]), [one["text"] for one in shown["media"]]) == (["h"], ["x"])
+
+
+def test_a_snapshot_takes_the_place_of_a_frame_that_a_server_would_not_forward() -> None:
+    story, hub = Story(), CellHub()
+    hub.feed([story.started(), story.step()])
+    hub.charts(OPTIONS)
+    for count, kind in ((1, "frame"), (400, "snapshot"), (1, "frame")):
+        hub.feed([story(TextLogged, name=str(number), text="x" * 4_000) for number in range(count)])
+        html, _ = hub.progress(OPTIONS, has_page=True)
+        assert f'"type":"{kind}"' in html
+        assert len(html) < MOST_MESSAGE
+
+
+def test_a_display_that_fails_raises_its_exception_at_the_next_event() -> None:
+    """So the run reports it as the failure of an observer."""
+
+    class Broken(Cell):
+        def show(self, part: str, html: str, text: str = "") -> None:
+            raise OSError("the kernel is gone")
+
+    story, shell = Story(), SimpleNamespace(kernel=SimpleNamespace())  # not ipykernel's: it takes no commands
+    writer = NotebookWriter(CellHub(), Broken(shell, "stagecast-1"))
+    writer.write([story.started()])
+    writer._thread.join(WAIT_S)
+    with pytest.raises(OSError, match="the kernel is gone"):
+        writer.write([story.step()])
 
 
 def test_a_frame_of_many_steps_keeps_the_extremes_the_last_value_and_what_is_not_finite() -> None:

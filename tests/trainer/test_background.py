@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import signal
 import threading
+import traceback
 from pathlib import Path
 
 import anyio
@@ -17,6 +19,7 @@ from events.errors import CursorError, RunFolderHeld, StagecastError
 from events.messages import RunEnded, TrainStepEnded
 from events.protocol import RunResult
 from events.run.run import Run
+from trainer.run.place import RunPlace
 
 MANY = 100_000  # epochs: more than any test waits for
 
@@ -71,12 +74,36 @@ async def test_the_result_of_a_started_run_raises_its_exception(caplog: pytest.L
     with pytest.raises(Boom) as caught:
         await result_of(run)
     assert caught.value is error
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    assert not [name for name in frames if "asyncio" in name or "_eventloop" in name]
+    with pytest.raises(Boom):
+        await result_of(run)
+    assert len(traceback.extract_tb(error.__traceback__)) == len(frames)
     assert "the run failed after global_step 1: Boom: mine" in caplog.messages
     running = make_trainer(Net(), epochs=MANY, run_dir="held", journal=True).start()
     with pytest.raises(RunFolderHeld):
         make_trainer(Net(), run_dir="held", journal=True).start()
     running.stop()
     await result_of(running)
+
+
+def test_a_start_after_an_interrupted_one_names_the_reason_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a notebook interrupts the cell while a checkpoint is fetched, and runs it again."""
+    opened, trainer = threading.Event(), make_trainer(Net(), run_id="interrupted", journal=True)
+    caller, place = threading.get_ident(), trainer._place
+
+    def interrupted() -> RunPlace:
+        signal.pthread_kill(caller, signal.SIGINT)
+        assert opened.wait(WAIT_S)
+        return place()
+
+    monkeypatch.setattr(trainer, "_place", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.start()
+    with pytest.raises(StagecastError, match=r"interrupted start\(\) .* still opening its run; call start\(\) again"):
+        trainer.start()
+    opened.set()
+    wait_until(lambda: not trainer_threads(), "the run has not ended")
 
 
 @pytest.mark.anyio

@@ -26,14 +26,12 @@ from events.messages import (
 from events.metrics import TRAIN_EPOCH_LOSS, metric_name, reserved
 from events.origin import Header, header_of
 from events.text import MOST_NAME, as_name, name_problem
-from trainer.audio import Audio
 from trainer.callback_interface import Reduction, checked_number
 from trainer.distributed.local import is_split, whole
 from trainer.errors import MetricNotFound
 from trainer.hooks.metric_objects import MetricObject, MetricObjects, check_single
 from trainer.hooks.reductions import Numbers, Value, reduced
-from trainer.media import INLINE_TEXT, Drawn, Histogram, Image, Logged, LoggedText, MediaWriter, SavedTrace
-from trainer.tables import Table
+from trainer.media import INLINE_TEXT, Histogram, Logged, LoggedText, MediaWriter, SavedTrace, kind_of
 
 Entry = tuple[str, Value | Logged, float, Reduction]
 """A logged value: name, value, weight, reduction."""
@@ -348,7 +346,7 @@ class MetricRecorder:
         if isinstance(value, SavedTrace):
             self._ring.publish(TraceSaved(*header, *value))
             return
-        full, kind = metric_name(name, key), _KINDS[type(value)]
+        full, kind = metric_name(name, key), kind_of(value)
         if self._places.get(full) != (header[-1], kind):
             self._place(full, header[-1], kind)
         if isinstance(value, Histogram):
@@ -366,11 +364,3 @@ class MetricRecorder:
 
 
 _STAGES: dict[str | None, str] = {"train": "in training", "val": "in validation", "test": "in testing"}
-_KINDS: dict[type, str] = {
-    Histogram: "a histogram",
-    Image: "an image",
-    Drawn: "an image",
-    Audio: "a sound",
-    Table: "a table",
-    LoggedText: "a text",
-}

@@ -7,7 +7,8 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import anyio
 
@@ -32,7 +33,7 @@ _under_way: set[Background] = set()
 
 
 class Background:
-    """A run on threads of its own. `start` returns once the loop runs, or raises what prevents that.
+    """A run on threads of its own. `start` returns once the loop runs, or raises the error that prevents it.
 
     Its event loop is not that of the caller, whose cells may block theirs.
     """
@@ -49,13 +50,21 @@ class Background:
         self.over = threading.Event()
         """Set when the observers are drained."""
         self.error: BaseException | None = None
+        self._frames: TracebackType | None = None  # of the error, without those of the event loop
+
+    @property
+    def refusal(self) -> str:
+        """Why the same trainer cannot start another run now, while this one is not over."""
+        if not hasattr(self, "session"):
+            return "an interrupted start() of this trainer is still opening its run; call start() again in a moment"
+        return f"run {self.session.origin.run_id} of this trainer is still under way; run.stop() ends it"
 
     def start(self) -> None:
         """Start to train; waits until a device and a folder are open."""
-        threading.Thread(target=self._serve, name="stagecast-run", daemon=True).start()
         try:
+            threading.Thread(target=self._serve, name="stagecast-run", daemon=True).start()
             problem = self._news.get()
-        except BaseException:  # Ctrl-C: nobody will have the run
+        except BaseException:  # Ctrl-C: no one will have the run
             self._is_abandoned = True
             if hasattr(self, "session"):  # it started at the same moment
                 self.stop("the call that starts the run was interrupted")
@@ -77,14 +86,28 @@ class Background:
             _under_way.discard(self)
             self.over.set()
 
+    def raise_error(self) -> NoReturn:
+        """Raise the exception that ended the run. May be called again."""
+        __tracebackhide__ = True
+        error = self.error
+        assert error is not None
+        error.__traceback__ = self._frames
+        if kernel_shell() is not None:
+            drop_own_frames(error)
+        raise error
+
     async def _train(self) -> None:
-        async with self._context as run:
-            self.session = self._context.session
-            _under_way.add(self)
-            self._news.put(None)
-            if self._is_abandoned:
-                raise RunCancelled("the call that starts the run was interrupted")
-        self.result = await run.result()
+        try:
+            async with self._context as run:
+                self.session = self._context.session
+                _under_way.add(self)
+                self._news.put(None)
+                if self._is_abandoned:
+                    raise RunCancelled("the call that starts the run was interrupted")
+            self.result = await run.result()
+        except BaseException as error:
+            self._frames = error.__traceback__
+            raise
 
 
 class BackgroundConnection:
@@ -115,9 +138,7 @@ class BackgroundConnection:
         while not self._run.over.is_set():  # noqa: ASYNC110  # set by a thread of no event loop
             await anyio.sleep(_POLL_S)
         if self._run.error is not None:
-            if kernel_shell() is not None:
-                drop_own_frames(self._run.error)
-            raise self._run.error
+            self._run.raise_error()
         assert self._run.result is not None
         return self._run.result
 
@@ -125,11 +146,11 @@ class BackgroundConnection:
 def handle_of(run: Background) -> Run:
     """Return the handle of a run that has started; once nothing refers to it, the run is stopped."""
     handle = Run(BackgroundConnection(run))
-    weakref.finalize(handle, _let_go, run).atexit = False
+    weakref.finalize(handle, _stop_unreferenced, run).atexit = False
     return handle
 
 
-def _let_go(run: Background) -> None:
+def _stop_unreferenced(run: Background) -> None:
     if not run.over.is_set():
         name = run.session.origin.run_id
         logger.warning(f"run {name} is stopped, because nothing refers to it any more; keep what start() returns")

@@ -1,4 +1,4 @@
-"""What a run has where its trainer was given nothing: a name, and a sink that shows it to a person."""
+"""Defaults of a trainer: the name of a run, and the sink that shows it to a person."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `launch` and ``stagecast train`` change in a trainer that a factory has built."""
+"""Changes that `launch` and ``stagecast train`` make to a trainer which a factory has built."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ relocating: ContextVar[bool] = ContextVar("stagecast_relocating", default=False)
 
 
 def relocate(trainer: Trainer, run_id: str | None, run_dir: str | None, resume: str | None) -> None:
-    """What `launch` was given takes the place of what the factory of the trainer chose.
+    """Replace the name, folder and resumed checkpoint that the factory chose by those that `launch` was given.
 
     Raises:
-        ArgumentsError: it cannot.
+        ArgumentsError: One of them is not valid, or `resume` needs a name or a folder.
     """
     problems: list[str] = []
     check_folder(trainer._journal, run_id, run_dir, problems)
