@@ -24,9 +24,9 @@ from trainer.distributed.strategy import Share
 found = [train(CASES[number], Path("run-%d" % number)) for number in {numbers!r}]
 torch.save(found, f"found-{{os.environ['RANK']}}.pt")
 
-def total(strategy):  # as on an accelerator, where the host does not read the weight of a step
+def total(strategy, check, *, is_whole):  # as on an accelerator, where the host does not read the weight of a step
     gradient, strategy._tally.grad = strategy._tally.grad, None
-    return Share(*(number.clone() for number in gradient.unbind()))
+    return Share(*(number.clone() for number in gradient.unbind())), None
 
 DdpStrategy.total = total
 found = [train(CASES[number], Path("unread-%d" % number)) for number in {unread!r}]

@@ -144,7 +144,7 @@ def test_epochs_are_counted_from_1_as_in_the_log(show: Show) -> None:
     runs = [a_run(name, 50) for name in cases]
     for run, (epoch, epochs, _) in zip(runs, cases.values(), strict=True):
         run.run |= {"epoch": epoch, "epochs": epochs, "status": "finished"}
-    page = show(*runs)
+    page = show(*runs, fragment="#run=last")
     for name, (_, _, text) in cases.items():
         show.focus(page, name)
         expect(page.locator("#tiles > div").nth(1)).to_have_text(f"Epoch{text}")
@@ -456,6 +456,7 @@ def test_each_run_has_a_star_at_its_own_best(show: Show) -> None:
             run.save({"checkpoints": [], "log": []})
             list(run.checkpoints.values())[-1]["metric"] = value
     page = show(*runs, fragment="#run=least&run=greatest")
+    expect(page.locator("#validation-table tbody tr")).to_have_count(4)
     rows = {
         tuple(cells[:3:2]): [cell for cell in cells if "★" in cell]
         for cells in (row.split("\t") for row in page.locator("#validation-table tbody tr").all_inner_texts())

@@ -443,6 +443,7 @@ export class Chart {
 
   #key(event) {
     if (!this.u) return;
+    if (this.hasNews()) this.draw(); // the drawn places may be those of another axis
     const xs = this.u.data[0];
     const now = this.readAt === null ? (this.u.cursor.idx ?? xs.length - 1) : nearest(xs, xs.length, this.readAt);
     const by = event.shiftKey ? Math.max(1, Math.round(xs.length / 20)) : 1;

@@ -131,7 +131,8 @@ export class Columns {
     return wanted.filter((id) => {
       if ((id === "progress" && isOver) || (id === "folder" && isFlat)) return false;
       const column = this.column(id);
-      return id === "status" || id === "health" || this.rows.some((row) => !isMissing(column.of(row, 0)));
+      if (id === "status" || id === "health") return true;
+      return column !== null && this.rows.some((row) => !isMissing(column.of(row, 0)));
     });
   }
 
