@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import msgspec
 
-from events.log import logger
+from events.log import flush_stderr, logger
 from events.messages import Status
 from events.safe_files import list_below, make_folder_below, read_below, replace_below
 from trainer.errors import PeerFailed
@@ -68,7 +68,7 @@ def arm(rank: int) -> None:
         if not isinstance(error, PeerFailed):
             before(kind, error, trace)
         elif not error.reported and speaks(rank, error.rank):
-            pass
+            logger.error(str(error))
 
     sys.excepthook = report
     atexit.register(_exit_if_failed)
@@ -88,7 +88,8 @@ def _exit_if_failed() -> None:
 
 
 def exit_now() -> NoReturn:
-    """End this process at once."""
+    """End this process at once, with what it has logged on its terminal."""
+    flush_stderr()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(EXIT_CODE)
