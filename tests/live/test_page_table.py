@@ -193,6 +193,8 @@ def test_groups_have_the_mean_and_the_spread_of_their_runs(folder: Path, serve: 
         mean, spread = f"{statistics.mean(losses):.4g}", f"{statistics.stdev(losses):.4g}"
         expect(rows.nth(row)).to_contain_text(f"{mean} ± {spread}")
         expect(rows.nth(row)).to_contain_text(f"{len(losses)} values")
+    cut = "row => [...row.querySelectorAll('td')].filter(cell => cell.scrollWidth > cell.clientWidth).length"
+    assert [row.evaluate(cut) for row in rows.all()] == [0, 0, 0]
     assert table.names() == []
     rows.first.get_by_role("button").click()
     assert table.names() == [f"run-{number:02d}" for number in range(1, 20, 3)]

@@ -163,10 +163,11 @@ export class RunTable extends Component {
       ${this.#head(columns.column("name"), sort, columns, this.#tickAll(visible))}
       ${shown.map((one) => this.#head(one, sort, columns))}
     </tr>`;
+    const items = itemsOf(visible, columns, choices, sort, now);
     return html`<${Body}
-      items=${itemsOf(visible, columns, choices, sort, now)}
+      items=${items}
       caption=${`Runs, sorted by ${inWords(sort, columns)}`}
-      widths=${widths(visible, shown, now)}
+      widths=${widths(visible, items, shown, now)}
       heads=${heads}
       draw=${draw}
     />`;
@@ -307,15 +308,17 @@ function itemsOf(rows, columns, choices, sort, now) {
   return [...pinned, ...groups.flatMap((group) => [{ group }, ...inGroup(group)])];
 }
 
-/** The widths of the columns: of a sample of rows, because those out of sight are not laid out. */
-function widths(rows, shown, now) {
+/** The widths of the columns: of a sample of rows and groups, because those out of sight are not laid out. */
+function widths(rows, items, shown, now) {
   const sample = rows.filter((_, at) => at % Math.ceil(rows.length / SAMPLE) === 0);
   const longest = (texts) => texts.reduce((most, one) => Math.max(most, one.length), 0);
+  const groups = items.filter(({ group }) => group).slice(0, SAMPLE);
   const names = longest(sample.map((row) => row.label));
   const others = shown.map((one) => {
     if (one.id === "progress") return rows.some((row) => row.left_s !== null) ? "33ch" : "21ch";
-    if (one.id === "status") return "14ch";
-    const content = longest(sample.map((row) => one.show(one.of(row, now) ?? null, now)));
+    const ofGroups = longest(groups.map(({ group }) => summary(group.rows, one, now).text));
+    if (one.id === "status") return `${Math.min(27, Math.max(11, ofGroups) + 3)}ch`;
+    const content = Math.max(ofGroups, longest(sample.map((row) => one.show(one.of(row, now) ?? null, now))));
     return `${Math.min(27, Math.max(Math.min(one.head.length + 1, 18), content) + 3)}ch`;
   });
   return [`min(${Math.max(16, Math.min(34, names)) + 10}ch, 52vw)`, ...others];
