@@ -56,6 +56,7 @@ from sinks.live.access import Access
 from sinks.live.app import LiveApp
 from sinks.live.client import Hello
 from sinks.live.frames import encode as encode_frame
+from sinks.live.pushes import Pushes
 from sinks.live.runs import RunsOfFolder
 from sinks.live.stored import read_view, write_view
 from sinks.live.view import Changes, RunView
@@ -379,9 +380,10 @@ API = json.loads((Path(__file__).parents[1] / "live" / "openapi.json").read_text
 REFUSED = {"400", "401", "403", "404", "405", "421"}
 """Answers that any address may give."""
 ways = st.sampled_from([(path, method) for path, methods in API["paths"].items() for method in methods])
+PUSHED = {"run": "r", "sender": "0" * 16, "path": "media/a.png"}
 digits = st.sampled_from(["0", "-1", "7", str(2**63), "9" * 400, "9" * 5_000, "1e3", "\u0663"])
 parameters = st.dictionaries(
-    st.sampled_from(["since", "attempt", "follow", "mode", "token", "filter", "x"]),
+    st.sampled_from(["since", "attempt", "follow", "mode", "token", "filter", "run", "sender", "path", "end", "x"]),
     st.one_of(digits, texts, st.sampled_from(["step > 0", "name ~ '('", "(a+)+$"])),
     max_size=3,
 )
@@ -399,6 +401,7 @@ bodies = st.one_of(
     st.fixed_dictionaries({}, optional={"name": texts, "note": plain, "add_tags": st.lists(texts)}).map(as_json),
     plain.map(as_json),
     st.binary(max_size=50),
+    st.lists(damaged(event_lines), max_size=3).map(b"\n".join),
 )
 hellos = st.one_of(
     st.builds(lambda tree: as_json({"token": "fuzz-token", **tree}), objects_of(Hello)),
@@ -444,8 +447,14 @@ class Asked:
 def ask(folder: Path, client: Asked, scope: dict[str, Any]) -> None:
     async def run() -> None:
         access = Access("fuzz-token", commands=True, hosts=["127.0.0.1"])
-        with anyio.fail_after(30):
-            await LiveApp(RunsOfFolder(folder), access)(scope, client.receive, client.send)
+        pushes = Pushes(folder.with_name("pushed"), {"vision": "fuzz-token"})
+        app = LiveApp(RunsOfFolder(folder), access, pushes=pushes)
+        first = Asked(leaves="http.disconnect")
+        newest = scope_of("/api/push/vision/events", PUSHED, usual)
+        with anyio.fail_after(30), contextlib.closing(pushes):
+            if "/push/" in scope["path"]:
+                await app({"type": "http", "method": "GET", **newest}, first.receive, first.send)
+            await app(scope, client.receive, client.send)
 
     anyio.run(run)
 
@@ -484,8 +493,11 @@ def test_the_live_api_answers_any_request_as_its_schema_says(
 ) -> None:
     """Each answer is listed, and its JSON has the listed shape."""
     path, known = way
+    known = method.lower() if method is not None and method.lower() in API["paths"][path] else known
     client = Asked({"type": "http.request", "body": body, "more_body": False}, leaves="http.disconnect")
-    scope = scope_of(path.format(run_id=run_id, path=inside), query, usual | given_headers)
+    place = path.format(run_id=run_id, path=inside, project="vision")
+    query = (PUSHED if "/push/" in path else {}) | query
+    scope = scope_of(place, query, usual | {"content-length": str(len(body))} | given_headers)
     ask(runs_folder, client, {"type": "http", "method": method or known.upper(), **scope})
     status, *parts = client.sent
     responses = API["paths"][path][known]["responses"]
