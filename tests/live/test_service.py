@@ -388,9 +388,15 @@ def test_wrong_arguments_are_refused_before_they_are_queued(service: Service) ->
         (problem,) = answer.json()["detail"]
         assert problem["loc"] == ["body", *place]
         assert said in problem["msg"]
-    odd = b'{"recipe": "net", "run_id": "wrong", "arguments": {"how": "\\ud800"}}'
-    answer = service.client.post("/runs", content=odd, headers={"content-type": "application/json"})
-    assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, ["body", "arguments"])
+    odd = '{"recipe": "net", "run_id": "wrong", "arguments": {"how": "%s"}}'
+    for text in (
+        odd % "\\ud800",
+        odd.replace("how", "\\ud800"),
+        odd.replace("net", "\\ud800"),
+        odd.replace("run_id", "\\ud800"),
+    ):
+        answer = service.client.post("/runs", content=text, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["detail"][0]["loc"][0]) == (422, "body"), text
     assert service.client.get("/runs/wrong").status_code == 404
     assert not (service.runs / "wrong").exists()
 

@@ -9,6 +9,7 @@ Embedding needs three parts: a lifespan that holds the runs in a task group and 
 from __future__ import annotations
 
 import argparse
+import json
 import pkgutil
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -21,11 +22,12 @@ import anyio.to_thread
 import msgspec
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from events.errors import CheckpointError
@@ -33,6 +35,7 @@ from events.protocol import Pause, Resume
 from events.run.job import JobState, ServiceJob
 from events.run.run import Run
 from events.strict import unknown_names
+from events.text import plain_text
 from sinks.live.access import Access, Refused
 from sinks.live.access import Request as AccessRequest
 from sinks.live.app import LiveApp
@@ -77,7 +80,7 @@ class Order(BaseModel):
     @classmethod
     def _names_are_known(cls, given: Any) -> Any:
         if isinstance(given, dict) and (unknown := [name for name in given if name not in cls.model_fields]):
-            raise ValueError("; ".join(unknown_names(unknown, list(cls.model_fields))))
+            raise ValueError(plain_text("; ".join(unknown_names(unknown, list(cls.model_fields)))))
         return given
 
 
@@ -241,6 +244,12 @@ def create_app(
     app.add_middleware(Guard, access=access)
     # `Guard` checks the token; this documents it.
     guarded = [Depends(HTTPBearer(auto_error=False))] if token is not None else []
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> Response:
+        # In ASCII: it may repeat lone surrogates of the request, which cannot be encoded in UTF-8.
+        data = json.dumps({"detail": jsonable_encoder(error.errors())})
+        return Response(data, 422, media_type="application/json")
 
     @app.get("/", include_in_schema=False)
     async def page() -> RedirectResponse:
