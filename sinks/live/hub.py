@@ -74,8 +74,7 @@ class Hub:
         self._snapshot: Message | None = None
         self._last_frame_at = -math.inf
         self._driving = anyio.Lock()
-        self._commands = anyio.CapacityLimiter(1)  # our own: a host may have all of its threads in use
-        self._packing = anyio.CapacityLimiter(1)
+        self._thread = anyio.CapacityLimiter(1)  # our own: a host may have all of its threads in use
         self._watchers = 0
 
     # ------------------------------------------------------------------------------------------ the events
@@ -196,7 +195,7 @@ class Hub:
         """Send a command to the run; waits for the disk. Raises `RunFolderError` if the run is not running."""
         run_dir = self.run_dir
         assert run_dir is not None
-        await anyio.to_thread.run_sync(lambda: commands_of(run_dir).send(command), limiter=self._commands)
+        await anyio.to_thread.run_sync(lambda: commands_of(run_dir).send(command), limiter=self._thread)
 
     # ------------------------------------------------------------------------------------------ the frames
 
@@ -210,7 +209,7 @@ class Hub:
         """
         made = await self._make_snapshot()
         if is_packed and "packed" not in vars(made):
-            await anyio.to_thread.run_sync(lambda: made.packed, limiter=self._packing)  # one of several at a time
+            await anyio.to_thread.run_sync(lambda: made.packed, limiter=self._thread)  # one of several at a time
         return made
 
     async def _make_snapshot(self) -> Message:

@@ -223,13 +223,9 @@ def _add_export(export: _Parser) -> None:
         "out", nargs="?", metavar="OUT.safetensors", help="the file to write (default: model.safetensors, or model-dcp)"
     )
     which = export.add_mutually_exclusive_group()
-    which.add_argument(
-        "--name", type=_checkpoint, help="such as step-500.a1 (default: the newest valid one of the run's lineage)"
-    )
+    which.add_argument("--name", type=_checkpoint, help="such as step-500.a1 (default: the newest valid one)")
     which.add_argument("--best", action="store_true", help="the one with the best metric (see Checkpoints(best=...))")
-    export.add_argument(
-        "--strip-prefix", metavar="PREFIX", help="only the tensors whose names begin with PREFIX, without it: net."
-    )
+    export.add_argument("--strip-prefix", metavar="PREFIX", help="only tensors named PREFIX..., without it: net.")
     export.add_argument(
         "--every-name", action="store_true", help="write tied tensors under each of their names, for load_state_dict"
     )
