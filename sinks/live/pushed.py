@@ -72,7 +72,7 @@ class Project:
         """Count bytes that are about to be written to a run folder. On a thread.
 
         Raises:
-            Refused: There is no room for them.
+            Refused: The disk, or the limit of the project, leaves no room for them.
             OSError: The disk refused.
         """
         with self._counting:
@@ -152,7 +152,7 @@ class PushedRun:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether its sender has been silent so long that the server releases the folder."""
+        """Whether its sender has been silent for the time after which the server releases the folder."""
         quiet_s = time.monotonic() - self.heard_at
         return not self.requests and quiet_s > (_ENDED_S if self._copy.has_ended else SILENT_S)
 

@@ -105,7 +105,7 @@ window.HOST ??= (() => {
     }
   }
 
-  /** Whether the notebook is dark; null where it does not say so. */
+  /** Whether the notebook is dark; null if that is unknown. */
   function isDark() {
     const { dataset, classList } = document.body;
     if (dataset.jpThemeLight) return dataset.jpThemeLight === "false";

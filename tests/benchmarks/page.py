@@ -13,6 +13,7 @@ Needs ``chromium`` on the PATH.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import random
 import shutil
@@ -75,8 +76,9 @@ def cpu_s(browser: psutil.Process) -> Counter[int]:
     """Seconds of the CPU so far, by process."""
     found: Counter[int] = Counter()
     for one in [browser, *browser.children(recursive=True)]:
-        times = one.cpu_times()
-        found[one.pid] = times.user + times.system  # type: ignore[assignment]
+        with contextlib.suppress(psutil.NoSuchProcess):  # that of a page which was closed
+            times = one.cpu_times()
+            found[one.pid] = times.user + times.system  # type: ignore[assignment]
     return found
 
 

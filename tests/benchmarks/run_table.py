@@ -4,8 +4,9 @@
 
 *first*: every journal is read, none was before. *stored*: a new table, as of another process, which finds the stored
 entries of long journals (those above 64 KiB). *again*: the same table, of which one run in a hundred has grown. *list*:
-``GET /api/runs`` of a server that knows the runs, as the page asks for it. Seconds of the wall and of the CPU, because
-other processes may share the machine; the folder stays if it is given.
+``GET /api/runs`` of a server that knows the runs, as the page asks for it. *page*: from the start of the navigation to
+the first row of the table, in the chromium on the PATH. Seconds of the wall and of this process's CPU, because other
+processes may share the machine; the folder stays if it is given.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from __future__ import annotations
 import argparse
 import random
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
+from playwright.sync_api import sync_playwright
 from report import header
 
 from events.messages import Event, RunEnded, RunStarted, TrainStepEnded, ValEpochEnded
@@ -58,6 +62,23 @@ def timed(what: str, work: Callable[[], object]) -> None:
     print(f"{what:24} {wall:8.2f} s {cpu:8.2f} s CPU   {result}")
 
 
+def visit(url: str, times: int = 5) -> None:
+    """Open the page that many times in one browser."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        for _ in range(times):
+            page = browser.new_page()
+
+            def until_first_row(page: Any = page) -> str:
+                page.goto(url, wait_until="commit")
+                page.locator("#table tbody tr[data-run]").first.wait_for()
+                return f"{page.locator('#table tbody tr[data-run]').count()} rows drawn"
+
+            timed("page", until_first_row)
+            page.close()
+        browser.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=int, default=2_000)
@@ -85,6 +106,7 @@ def main() -> None:
         try:
             for what in ("list, first", "list, again"):
                 timed(what, lambda: f"{len(httpx.get(f'{server.url}api/runs', timeout=60).content):,} bytes")
+            visit(server.url)
         finally:
             server.stop()
     print(f"memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB")

@@ -18,8 +18,9 @@ from events.messages import HistogramLogged, MetricsLogged, NonFiniteGradient, T
 PROGRAM = """
 import os, torch
 from pathlib import Path
+from trainer.distributed import fsdp
 from support.sharded import SHARDED, Masked
-from support.shared_runs import Case, train
+from support.shared_runs import Case, Classifier, train
 from trainer.distributed import Fsdp
 
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -32,6 +33,17 @@ masked = Masked(Case(rows=60, micro=2))
 if rank:
     torch.nn.init.normal_(masked.second.weight)
 found.append(train(masked, Path("masked"), strategy=Fsdp(units=["Linear"], activation_checkpointing=True)))
+
+class Late:  # a message that arrives when somebody waits for it, and no earlier
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def wait(self):
+        reduce(self.numbers)
+
+reduce = fsdp.dist.all_reduce
+fsdp.dist.all_reduce = lambda numbers, async_op=False: Late(numbers) if async_op else reduce(numbers)
+found.append(train(Classifier(Case(rows=60)), Path("late"), strategy=Fsdp(units=["Linear"])))
 torch.save(found, f"found-{rank}.pt")
 """
 
@@ -46,10 +58,11 @@ def test_divided_modules_train_what_one_process_trains(
     started = ranks(PROGRAM.replace("NUMBERS", repr(numbers)), world_size)
     alone = [train(SHARDED[number], tmp_path / f"alone-{number}", strategy="single") for number in numbers]
     alone.append(train(Masked(Case(rows=60, micro=2)), tmp_path / "alone-masked", strategy="single"))
+    alone.append(train(Classifier(Case(rows=60)), tmp_path / "alone-late", strategy="single"))
     started.end().check()
     for rank in range(world_size):
         everything = torch.load(tmp_path / f"found-{rank}.pt", weights_only=False)
-        for number, one, other in zip((*numbers, "masked"), alone, everything, strict=True):
+        for number, one, other in zip((*numbers, "masked", "late"), alone, everything, strict=True):
             check_same(one, other, (rank, number))
 
 

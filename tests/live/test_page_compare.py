@@ -243,7 +243,7 @@ def cells(page: Page) -> list[list[str]]:
 
 
 def test_the_comparison_has_what_differs_and_marks_the_best(sweep: Any) -> None:
-    """By the direction of each metric, which is said; a tie, a NaN, a missing value and runs that disagree are told."""
+    """By the direction in the head of each metric; ties, NaN, missing values and runs that disagree are shown."""
     page = sweep("&metric=val_loss")
     head, *rows = cells(page)
     assert head[:4] == ["Run", "lr", "clip", "optimizer"]

@@ -97,7 +97,7 @@ def test_the_best_of_twenty_runs_is_on_top_and_what_differs_is_beside_it(
     table = Table(visit, server, viewport={"width": 1440, "height": 900})
     page = table.page
     assert table.names() == best_first()
-    usual = ["Name", "best val_loss", "State", "Progress", "seed", "optimizer.lr", "Health", "Duration", "Folder"]
+    usual = ["Name", "best val_loss", "State", "Progress", "optimizer.lr", "seed", "Health", "Duration", "Folder"]
     assert table.heads() == usual
     assert table.root.locator("[aria-sort]").all_inner_texts() == ["best val_loss\n▲"]
     expect(table.root.locator("[aria-sort]")).to_have_attribute("aria-sort", "ascending")

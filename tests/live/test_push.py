@@ -279,7 +279,7 @@ def test_a_wrong_token_disables_the_sink_once_and_writes_nothing(here: Any, tmp_
 
 
 def test_a_server_that_takes_no_runs_is_named(serve: Any, tmp_path: Path) -> None:
-    """Before it has ever taken any: later, a proxy may say so for a while."""
+    """At the first attempt: after a success, the same answer may come from a proxy during an outage."""
     url = serve(RunsOfFolder(tmp_path)).url
     with pytest.raises(SinkMisconfigured, match=r"takes no runs \(404 .*; serve it with stagecast watch --push-tokens"):
         Push(url, TOKEN, "vision").open(RunInfo("demo"))
@@ -388,7 +388,7 @@ def test_hostile_names_and_paths_stay_in_the_folder_of_the_project(here: Any, ra
 
 
 def test_lines_that_are_not_the_next_events_of_the_run_are_refused(here: Any, raw_to: Any) -> None:
-    """None of a refused request is kept; a sender that has been replaced is told so."""
+    """None of a refused request is kept; a sender that was replaced gets an error."""
     url, folder = here()
     raw, story = raw_to(url), Story()
     first, *rest = encode_lines([story.started(), *story.steps(5)], 0).splitlines(keepends=True)

@@ -126,7 +126,7 @@ train(3, resume="auto")
 
 
 def test_the_console_prints_lines_where_it_is_told_to(kernel: Kernel) -> None:
-    """``force_terminal=False`` is the text of a console, and ``sinks=[]`` is no display."""
+    """With ``force_terminal=False`` it prints lines, and with ``sinks=[]`` nothing is shown."""
     few = "TrainerArguments(epochs=1, train_batch_size=4)"
     lines = "from sinks import Console\nlines = Console(force_terminal=False)"
     ran = kernel.run(f"{lines}\nTrainer(Net(), {few}, sinks=[lines]).train();")
@@ -166,7 +166,7 @@ def test_a_cell_that_is_run_again_stops_the_run_that_it_has_started(kernel: Kern
 
 
 def test_commands_of_the_page_reach_a_run_until_it_has_ended(kernel: Kernel) -> None:
-    """What is no command is refused with the reason, and so is one for a run that is over."""
+    """An invalid command is refused with the reason, and so is one for a run that is over."""
     shown = Shown(kernel, kernel.run("commanded = Trainer(Net(), long, run_id='commanded').start()"))
     kernel.read_until(lambda: shown.documents)
     assert shown.documents[0]["runs"][0]["run"]["commands"]

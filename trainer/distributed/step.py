@@ -107,7 +107,7 @@ class AutomaticRankStep(RankStep):
                     has_loss = True
                     outputs.append(computed[1])
                     self._places.append(i)
-        # Of a step whose rows are known nothing must be read before the optimizers step, unless a policy says so.
+        # The weight of a step whose rows are known is 1, so that the optimizers need not wait for the other ranks.
         is_whole = self._weigh is None and group[0].all_rows is not None and self._optimization.reads_nothing
         (weight, loss), self._optimization.found = self._strategy.total(self._optimization.check, is_whole=is_whole)
         if isinstance(weight, float):

@@ -3,10 +3,13 @@
 import { contained } from "./dom.js";
 import { forgetColours } from "./theme.js";
 
-/** Minimum time between drawings; all due charts are drawn together, because each animation frame is expensive... */
-const BETWEEN_MS = 200;
-/** ...maximum share of time spent drawing... */
-const SHARE = 0.08;
+/**
+ * Minimum time between two passes, which draw all due charts together, per chart of the first one: without a GPU, the
+ * browser paints each for 5 ms, after the scripts, which cannot measure it...
+ */
+const PER_CHART_MS = 250;
+/** ...maximum share of the time that passes take... */
+const SHARE = 0.25;
 /** ...and maximum script time per animation frame. */
 const BUDGET_MS = 12;
 
@@ -52,6 +55,7 @@ export class Board {
   #asked = false;
   #cost_ms = 10; // of a pass, with its painting, which scripts cannot measure
   #passAt = 0;
+  #inPass = 0; // charts drawn since the newest pass began
   #timer = null;
 
   add(chart) {
@@ -126,12 +130,12 @@ export class Board {
   #draw() {
     this.#asked = false;
     const began = performance.now();
-    const due = this.#passAt + Math.max(BETWEEN_MS, this.#cost_ms / SHARE);
+    const due = this.#passAt + Math.max(PER_CHART_MS * this.#inPass, this.#cost_ms / SHARE);
     const isDue = began >= due;
     // Before a pass is due, charts are not asked for news: there may be a hundred curves in each.
     const waiting = [...this.charts].filter((chart) => chart.isSeen && (isDue ? chart.hasNews() : chart.isTouched));
     waiting.sort((a, b) => a.drawnAt - b.drawnAt);
-    if (isDue) this.#passAt = began;
+    if (isDue) [this.#passAt, this.#inPass] = [began, 0];
     let soonest = isDue ? Infinity : due - began;
     let drawn = 0;
     for (const chart of waiting) {
@@ -142,6 +146,7 @@ export class Board {
       }
       if (!contained(() => chart.draw())) this.remove(chart);
       drawn += 1;
+      this.#inPass += 1;
       this.draws.count += 1;
       this.draws.ms += chart.drawMs;
       this.draws.worstMs = Math.max(this.draws.worstMs, chart.drawMs);

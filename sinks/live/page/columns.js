@@ -1,5 +1,6 @@
 /** The columns of the run table: values, order and groups. Pure functions of the rows of `GET /api/table`. */
 
+import { differing, directionOf } from "./findings.js";
 import { ago, count, duration, moment, NONE, number, percent, unitOf } from "./format.js";
 
 /** Maximum hyperparameters that are shown before the reader chooses. */
@@ -69,7 +70,7 @@ export class Columns {
     return [...Object.keys(FIXED).slice(1), ...[...this.config].map((name) => `config.${name}`), ...values];
   }
 
-  /** `{id, head, of(row, now), show(value, now), isNumber, isDown, isMetric, isLeastBest}`; null for an unknown id. */
+  /** `{id, head, of(row, now), show(value, now), isNumber, isDown, isMetric, direction}`; null for an unknown id. */
   column(id) {
     if (!this.#made.has(id)) this.#made.set(id, this.#make(id));
     return this.#made.get(id);
@@ -90,10 +91,10 @@ export class Columns {
     }
     if (!Object.hasOwn(OF_METRIC, kind) || !this.metrics.has(name)) return null;
     const [word, index] = OF_METRIC[kind];
-    const isLeastBest = this.rows.find((row) => Object.hasOwn(row.metrics, name))?.metrics[name][4] ?? true;
+    const direction = directionOf(this.rows, name);
     const of = (row) => (Object.hasOwn(row.metrics, name) ? numeric(row.metrics[name][index]) : undefined);
     const { show } = index === 2 ? { show: count } : unitOf(name);
-    return { id, head: `${word} ${name}`, of, show: (value) => show(value), isNumber: true, isMetric: index < 2, isLeastBest, isDown: !isLeastBest };
+    return { id, head: `${word} ${name}`, of, show: (value) => show(value), isNumber: true, isMetric: index < 2, direction, isDown: direction === "greatest" };
   }
 
   /** The metric by which most runs are judged, or null. */
@@ -105,11 +106,7 @@ export class Columns {
 
   /** The hyperparameters in which runs differ. */
   get differing() {
-    this.#differing ??= [...this.config].filter((name) => {
-      const first = this.rows[0].config[name];
-      return this.rows.some((row) => row.config[name] !== first);
-    });
-    return this.#differing;
+    return (this.#differing ??= differing(this.rows));
   }
 
   /** The ids that answer “which run was best, and why” before the reader chooses others. */
@@ -139,7 +136,7 @@ export class Columns {
   /** The order before the reader chooses another: the best first. */
   get usualSort() {
     const best = this.monitored && this.column(`best.${this.monitored}`);
-    return best ? [`${best.isLeastBest ? "" : "-"}${best.id}`] : ["-started"];
+    return best ? [`${best.isDown ? "-" : ""}${best.id}`] : ["-started"];
   }
 
   /** The ids by which runs can be grouped: hyperparameters in which they differ, and where they come from. */
@@ -168,7 +165,7 @@ export function compare(a, b, isDown) {
 }
 
 /** The metrics whose values some columns show. */
-export function metricsOf(ids) {
+export function metricsIn(ids) {
   const names = ids.map((id) => /^-?(?:last|best|best_step)\.(.+)$/.exec(id)?.[1]);
   return [...new Set(names.filter(Boolean))];
 }
@@ -226,12 +223,13 @@ export function summary(rows, column, now) {
   return { value: mean, text: `${column.show(mean, now)}${isNone ? "" : ` ± ${column.show(spread, now)}`}${few}` };
 }
 
-/** The best value of a metric's column among rows, or null. */
+/** The best value of a metric's column among rows; null without one, or without a better direction. */
 export function bestOf(rows, column) {
+  if (!["least", "greatest"].includes(column.direction)) return null;
   let best = null;
   for (const row of rows) {
     const value = column.of(row, 0);
-    if (Number.isFinite(value) && (best === null || (column.isLeastBest ? value < best : value > best))) best = value;
+    if (Number.isFinite(value) && (best === null || (column.isDown ? value > best : value < best))) best = value;
   }
   return best;
 }

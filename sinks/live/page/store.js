@@ -11,7 +11,7 @@ export const MOST_SERIES = 2000;
 const MOST_OF_ALL = 2_000_000;
 const MOST_OF_A_NAME = 24_000;
 
-/** Maximum points of a series, of so many names in each of so many runs. */
+/** Maximum points of a series, by the numbers of names and of runs. */
 export function mostPoints(names, runs) {
   const most = names > MANY ? MOST_POINTS_OF_MANY : MOST_POINTS;
   const ofAll = Math.max(128, Math.floor(MOST_OF_ALL / Math.max(1, names * runs)));

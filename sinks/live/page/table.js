@@ -55,7 +55,7 @@ export class RunTable extends Component {
         onClose=${() => this.#closeChooser()}
       />`}
       ${rows.length > 0 && this.#table(columns, ids, visible)}
-      ${!rows.length && html`<p class="empty">${total ? "No run matches the filter." : "There are no runs yet."}</p>`}
+      ${!rows.length && html`<p class="empty">${total ? "No run matches the filter." : "No runs yet."}</p>`}
       ${row &&
       html`<${RowDialog}
         row=${row}

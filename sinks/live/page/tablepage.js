@@ -1,6 +1,6 @@
 /** The run table on the page: polls its rows, and changes what people note about runs. */
 
-import { metricsOf } from "./columns.js";
+import { metricsIn } from "./columns.js";
 import { addressOf, get, report, TokenWanted } from "./connection.js";
 import { announce } from "./dom.js";
 import { count } from "./format.js";
@@ -117,7 +117,7 @@ export class TablePage {
   }
 
   #shownMetrics() {
-    const shown = metricsOf([...(this.choices.columns ?? []), ...(this.choices.sort ?? [])]);
+    const shown = metricsIn([...(this.choices.columns ?? []), ...(this.choices.sort ?? [])]);
     const { isOpen, metric } = this.app.view.compare;
     return isOpen && metric ? [...shown, metric] : shown;
   }
